@@ -1,0 +1,53 @@
+"""Fixtures that every room shares: small checkpoints made once, and the command line called in-process."""
+
+from __future__ import annotations
+
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+from checkpoints import make_checkpoint
+
+from tsenor_cli.cli import run
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What one command gave."""
+
+    code: int
+    out: str
+    err: str
+
+
+@pytest.fixture
+def tsenor(capsys):
+    """The command line, called in this process; for example with "prune", path, "--nm", "2:4"."""
+
+    def call(*arguments) -> Outcome:
+        capsys.readouterr()
+        code = run([str(argument) for argument in arguments])
+        captured = capsys.readouterr()
+        return Outcome(code, captured.out, captured.err)
+
+    return call
+
+
+@pytest.fixture(scope="session")
+def pristine_llama(tmp_path_factory) -> Path:
+    return make_checkpoint("llama", tmp_path_factory.mktemp("pristine") / "llama")
+
+
+@pytest.fixture
+def llama(pristine_llama, tmp_path) -> Path:
+    """A sharded tiny Llama that the test may damage."""
+    return shutil.copytree(pristine_llama, tmp_path / "llama")
+
+
+@pytest.fixture(autouse=True)
+def _in_empty_directory(tmp_path, monkeypatch):
+    """Default outputs go to the current directory: never let that be the source tree."""
+    work = tmp_path / "work"
+    work.mkdir()
+    monkeypatch.chdir(work)

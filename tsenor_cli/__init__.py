@@ -1,0 +1,31 @@
+"""tsenor: provably optimal N:M sparse checkpoints, transposable by default.
+
+Importing this package is cheap; each public name loads what it needs when it is first used.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from tsenor_cli.masks.solve import solve_mask
+    from tsenor_cli.pipeline import plan_prune, prune, verify
+    from tsenor_cli.specs import NMPattern, PruneSpec
+
+__all__ = ["NMPattern", "PruneSpec", "plan_prune", "prune", "solve_mask", "verify"]
+
+_HOMES = {
+    "NMPattern": "specs",
+    "PruneSpec": "specs",
+    "plan_prune": "pipeline",
+    "prune": "pipeline",
+    "solve_mask": "masks.solve",
+    "verify": "pipeline",
+}
+
+
+def __getattr__(name: str) -> Any:  # noqa: ANN401  (a module's attributes are of any type)
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f"{__name__}.{_HOMES[name]}"), name)

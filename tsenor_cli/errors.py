@@ -1,0 +1,44 @@
+"""Every failure that is not a bug: one line that says what, a remedy, and an exit code.
+
+The command line turns these into a single line on stderr; the library raises them.
+"""
+
+from __future__ import annotations
+
+
+class TsenorError(Exception):
+    """The operation failed (exit 1): disk full, no permission, an I/O error."""
+
+    exit_code = 1
+
+    def __init__(self, message: str, remedy: str = "") -> None:
+        super().__init__(message)
+        self.message = message
+        self.remedy = remedy
+
+    def __str__(self) -> str:
+        return f"{self.message}: {self.remedy}" if self.remedy else self.message
+
+
+class UsageError(TsenorError):
+    """The request itself makes no sense (exit 2): a bad pattern, options that contradict."""
+
+    exit_code = 2
+
+
+class InputRefused(TsenorError):
+    """The checkpoint or the environment cannot be used (exit 3): missing, corrupt, unsafe, unsupported."""
+
+    exit_code = 3
+
+
+class CheckFailed(TsenorError):
+    """A check fell short (exit 4): coverage, --strict, or verify."""
+
+    exit_code = 4
+
+
+class OutputUnavailable(TsenorError):
+    """The output exists, is locked by another run, or collides with the input (exit 5)."""
+
+    exit_code = 5

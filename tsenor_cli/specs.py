@@ -1,0 +1,70 @@
+"""The shared vocabulary: what to prune to, and what a run was asked to do.
+
+Imports nothing heavy, so that the command line can use it before torch is loaded.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+from tsenor_cli.errors import UsageError
+
+MAX_M = 64
+
+
+@dataclass(frozen=True)
+class NMPattern:
+    """N:M sparsity: of every `m` consecutive weights `n` are *kept*.
+
+    `transposable` asks for it along rows and columns at once: every m x m tile of a weight then
+    keeps exactly n per row and n per column, so W and its transpose are both N:M.
+    Other tools count zeros instead (SparseGPT, Wanda); 1:4 here means 75 % zeros.
+    """
+
+    n: int
+    m: int
+    transposable: bool = True
+
+    def __post_init__(self) -> None:
+        if not (2 <= self.m <= MAX_M and 1 <= self.n < self.m):
+            raise UsageError(
+                f"pattern {self.n}:{self.m} is not possible",
+                f"give N:M with 1 <= N < M and M from 2 to {MAX_M}, such as 2:4; N is the number kept",
+            )
+
+    @classmethod
+    def parse(cls, text: str, *, transposable: bool = True) -> NMPattern:
+        """Read "2:4"; raises UsageError for anything else."""
+        match = re.fullmatch(r"([0-9]{1,3}):([0-9]{1,3})", text)
+        if match is None:
+            raise UsageError(f"pattern {text!r} is not of the form N:M", "give it as two numbers, such as 2:4")
+        return cls(int(match[1]), int(match[2]), transposable)
+
+    @property
+    def kind(self) -> str:
+        return "transposable" if self.transposable else "standard"
+
+    def divides(self, out_features: int, in_features: int) -> bool:
+        """Whether a [out, in] matrix splits into whole groups (standard) or whole tiles (transposable)."""
+        return in_features % self.m == 0 and (not self.transposable or out_features % self.m == 0)
+
+    def __str__(self) -> str:
+        return f"{self.n}:{self.m}"
+
+
+@dataclass(frozen=True)
+class PruneSpec:
+    """Everything that decides the bytes of a pruned checkpoint, and where they go."""
+
+    model: str  # a local directory, or a hub id: org/name[@revision]
+    output: Path
+    pattern: NMPattern
+    method: str = "magnitude"
+    only: tuple[str, ...] = ()  # name patterns: a glob, or re:REGEX
+    ignore: tuple[str, ...] = ()
+    min_coverage: float = 0.0  # share of the prunable parameters, 0 to 1
+    strict: bool = False
+    device: str = "auto"
+    overwrite: bool = False
