@@ -1,0 +1,207 @@
+"""Nothing in a checkpoint is trusted: what is damaged or points elsewhere is refused with one line."""
+
+from __future__ import annotations
+
+import json
+import random
+
+import pytest
+import torch
+from checkpoints import INDEX, write_checkpoint
+
+from tsenor_cli.checkpoint.reader import open_checkpoint, read_shard
+from tsenor_cli.errors import InputRefused
+
+CONFIG = {"model_type": "llama", "architectures": ["LlamaForCausalLM"]}
+
+
+def one_tensor_file(path, entry=None, header=None, data=bytes(8)):
+    """A safetensors file around a header of our choice."""
+    if header is None:
+        header = json.dumps({"w": entry}).encode()
+    path.write_bytes(len(header).to_bytes(8, "little") + header + data)
+    return path
+
+
+GOOD = {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]}
+
+
+def test_headers_read_as_safetensors_reads_them(llama):
+    from safetensors import safe_open
+
+    checkpoint = open_checkpoint(llama)
+    for shard in checkpoint.shards:
+        with safe_open(shard.path, "pt") as file:
+            assert {t.name for t in shard.tensors} == set(file.keys())
+            assert shard.metadata == file.metadata()
+            for tensor in shard.tensors:
+                expected = file.get_tensor(tensor.name)
+                assert torch.equal(tensor.read(), expected)
+                assert b"".join(tensor.chunks()) == expected.contiguous().view(-1).view(torch.uint8).numpy().tobytes()
+
+
+def test_bands_read_the_rows_they_name(llama):
+    tensor = open_checkpoint(llama).tensors["model.layers.0.mlp.gate_proj.weight"]
+    assert torch.equal(torch.cat([tensor.read(0, 16), tensor.read(16, 80), tensor.read(80)]), tensor.read())
+
+
+@pytest.mark.parametrize(
+    "entry",
+    [
+        {**GOOD, "dtype": "F33"},
+        {**GOOD, "shape": [3]},
+        {**GOOD, "shape": [-2, -1]},
+        {**GOOD, "shape": [2.0]},
+        {**GOOD, "shape": [True, 2]},
+        {**GOOD, "shape": [2**40, 2**40, 0.5]},
+        {**GOOD, "shape": [2**61, 2**61]},
+        {**GOOD, "shape": [1] * 65},
+        {**GOOD, "data_offsets": [8, 0]},
+        {**GOOD, "data_offsets": [-8, 0]},
+        {**GOOD, "data_offsets": [0]},
+        {**GOOD, "data_offsets": [8, 16]},
+        {"dtype": "F32"},
+        [],
+        None,
+    ],
+    ids=str,
+)
+def test_a_wrong_entry_is_refused(tmp_path, entry):
+    with pytest.raises(InputRefused):
+        read_shard(one_tensor_file(tmp_path / "x.safetensors", entry))
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"",
+        b"1234567",
+        (2**63).to_bytes(8, "little") + b"{}",
+        (200_000_000).to_bytes(8, "little") + b"{}",
+        (2).to_bytes(8, "little") + b"{]",
+        (2).to_bytes(8, "little") + b"[]",
+        (60_000).to_bytes(8, "little") + b"[" * 60_000,
+        (4).to_bytes(8, "little") + b"\xff\xfe{}",
+    ],
+    ids=lambda content: repr(content[:12]),
+)
+def test_a_broken_file_is_refused(tmp_path, content):
+    (tmp_path / "x.safetensors").write_bytes(content)
+    with pytest.raises(InputRefused):
+        read_shard(tmp_path / "x.safetensors")
+
+
+def test_a_name_that_appears_twice_is_refused(tmp_path):
+    entry = json.dumps(GOOD)
+    header = f'{{"w": {entry}, "w": {entry}}}'.encode()
+    with pytest.raises(InputRefused, match="twice"):
+        read_shard(one_tensor_file(tmp_path / "x.safetensors", header=header))
+
+
+@pytest.mark.parametrize(("data", "what"), [(bytes(7), "cut short"), (bytes(9), "after its last tensor")])
+def test_a_file_of_the_wrong_length_is_refused(tmp_path, data, what):
+    with pytest.raises(InputRefused, match=what):
+        read_shard(one_tensor_file(tmp_path / "x.safetensors", GOOD, data=data))
+
+
+@pytest.mark.parametrize("start", [4, 12], ids=["overlap", "hole"])
+def test_tensors_that_overlap_or_leave_holes_are_refused(tmp_path, start):
+    entries = {"a": GOOD, "b": {**GOOD, "data_offsets": [start, start + 8]}}
+    with pytest.raises(InputRefused, match="overlap or leave a hole"):
+        read_shard(
+            one_tensor_file(tmp_path / "x.safetensors", header=json.dumps(entries).encode(), data=bytes(start + 8))
+        )
+
+
+def test_mutated_headers_are_refused_or_read_safely(tmp_path):
+    """Whatever bytes stand in a header: a checked shard or InputRefused, never another exception."""
+    tensors = {"a": torch.zeros(4, 4), "b": torch.zeros(3, dtype=torch.bfloat16)}
+    write_checkpoint(tmp_path, {"model.safetensors": tensors}, CONFIG)
+    path = tmp_path / "model.safetensors"
+    good, choose = path.read_bytes(), random.Random(0)
+    refused = 0
+    for _ in range(2000):
+        bad = bytearray(good)
+        for _ in range(choose.randint(1, 3)):
+            bad[choose.randrange(len(bad))] = choose.randrange(256)
+        path.write_bytes(bad[: choose.choice([len(bad), choose.randrange(len(bad))])])
+        try:
+            shard = read_shard(path)
+        except InputRefused:
+            refused += 1
+        else:
+            assert all(0 <= t.start <= t.stop <= path.stat().st_size for t in shard.tensors)
+    assert 1000 < refused < 2000  # both outcomes are met
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["../x.safetensors", "/etc/x.safetensors", "a/b.safetensors", "c:x.safetensors", "x.bin", 7, "x\n.safetensors"],
+)
+def test_an_index_that_names_a_path_is_refused(llama, name):
+    index = json.loads((llama / INDEX).read_text())
+    index["weight_map"][next(iter(index["weight_map"]))] = name
+    (llama / INDEX).write_text(json.dumps(index))
+    with pytest.raises(InputRefused):
+        open_checkpoint(llama)
+
+
+@pytest.mark.parametrize("file", ["config.json", "model-00001-of-00004.safetensors", "LICENSE", INDEX])
+def test_a_link_out_of_the_checkpoint_is_refused(llama, tmp_path, file):
+    """Following it would copy a file of the user's into an output that may be published."""
+    target = tmp_path / "outside"
+    (llama / file).rename(target)
+    (llama / file).symlink_to(target)
+    with pytest.raises(InputRefused, match="links out"):
+        _ = open_checkpoint(llama).other_files
+
+
+def test_a_tensor_that_the_index_names_and_no_shard_has_is_refused(llama):
+    index = json.loads((llama / INDEX).read_text())
+    index["weight_map"]["model.layers.7.mlp.up_proj.weight"] = next(iter(index["weight_map"].values()))
+    (llama / INDEX).write_text(json.dumps(index))
+    with pytest.raises(InputRefused, match=r"layers\.7"):
+        open_checkpoint(llama)
+
+
+def test_a_tensor_in_two_shards_is_refused(tmp_path):
+    shards = {f"model-0000{i}-of-00002.safetensors": {"w": torch.zeros(2)} for i in (1, 2)}
+    write_checkpoint(tmp_path, {**shards, "model-00003.safetensors": {"x": torch.zeros(1)}}, CONFIG)
+    index = {
+        "weight_map": {
+            "x": "model-00003.safetensors",
+            "w": "model-00002-of-00002.safetensors",
+            "v": "model-00001-of-00002.safetensors",
+        }
+    }
+    (tmp_path / INDEX).write_text(json.dumps(index))
+    with pytest.raises(InputRefused, match="two shards"):
+        open_checkpoint(tmp_path)
+
+
+@pytest.mark.parametrize("key", ["quantization_config", "compression_config", "sparsity_config"])
+@pytest.mark.parametrize("nested", [False, True])
+def test_a_quantised_checkpoint_is_refused(llama, key, nested):
+    config = json.loads((llama / "config.json").read_text())
+    (config.setdefault("text_config", {}) if nested else config)[key] = {"format": "sparse-24-bitmask"}
+    (llama / "config.json").write_text(json.dumps(config))
+    with pytest.raises(InputRefused, match=key):
+        open_checkpoint(llama)
+
+
+def test_packed_weights_are_refused_even_if_the_config_is_silent(tmp_path):
+    tensors = {"model.layers.0.mlp.up_proj.weight_packed": torch.zeros(4, dtype=torch.int32)}
+    with pytest.raises(InputRefused, match="packed"):
+        open_checkpoint(write_checkpoint(tmp_path, {"model.safetensors": tensors}, CONFIG))
+
+
+def test_only_dense_copies_in_other_formats_are_left_out(llama):
+    for name in ("pytorch_model-00001-of-00002.bin", "consolidated.00.pth", "model.Q4.gguf", "spiece.bin.model"):
+        (llama / name).write_bytes(b"x")
+    checkpoint = open_checkpoint(llama)
+    assert [p.name for p in checkpoint.left_out_files] == [
+        "consolidated.00.pth",
+        "model.Q4.gguf",
+        "pytorch_model-00001-of-00002.bin",
+    ]
+    assert "spiece.bin.model" in {p.name for p in checkpoint.other_files}

@@ -1,0 +1,149 @@
+"""verify catches every kind of damage: each test breaks one thing in a good output and names what must be said."""
+
+from __future__ import annotations
+
+import json
+import shutil
+
+import pytest
+import torch
+from checkpoints import read_shards
+from safetensors.torch import save_file
+
+from tsenor_cli.errors import CheckFailed, InputRefused
+from tsenor_cli.pipeline import prune, verify
+from tsenor_cli.specs import NMPattern, PruneSpec
+
+NAME = "model.layers.0.mlp.gate_proj.weight"
+
+
+@pytest.fixture(scope="module")
+def good(pristine_llama, tmp_path_factory):
+    output = tmp_path_factory.mktemp("good") / "out"
+    prune(PruneSpec(str(pristine_llama), output, NMPattern(2, 4)))
+    return output
+
+
+@pytest.fixture
+def sparse(good, tmp_path):
+    return shutil.copytree(good, tmp_path / "sparse")
+
+
+def edit(directory, name, change):
+    """Change one tensor on disk in place."""
+    for file, tensors in read_shards(directory).items():
+        if name in tensors:
+            change(tensors[name])
+            save_file(tensors, directory / file, metadata={"format": "pt"})
+            return
+    raise KeyError(name)
+
+
+def first(condition):
+    return tuple(condition.nonzero()[0].tolist())
+
+
+def failures(directory, **options):
+    return {failure.where: failure.what for failure in verify(str(directory), **options).failures}
+
+
+def test_a_good_output_passes(sparse, pristine_llama):
+    result = verify(str(sparse), against=str(pristine_llama))
+    assert result.ok
+    assert all(tensor.exact for tensor in result.tensors)
+    assert verify(str(sparse), NMPattern(2, 4)).ok
+    assert verify(str(sparse), NMPattern(2, 4, transposable=False)).ok
+
+
+def test_one_weight_too_many_along_rows(sparse):
+    edit(sparse, NAME, lambda w: w.__setitem__(first(w == 0), 1.0))
+    assert "more than 2" in failures(sparse)[NAME]
+
+
+def test_columns_are_checked_even_if_every_row_is_right(sparse):
+    """Two rows of a tile swap nothing but places within the row: rows stay 2:4, columns do not."""
+
+    def shift(w):
+        row = w[5]  # rotate within each group of four until the columns break
+        w[5] = row.view(-1, 4).roll(1, dims=1).reshape(-1)
+
+    edit(sparse, NAME, shift)
+    assert verify(str(sparse), NMPattern(2, 4, transposable=False)).ok
+    found = verify(str(sparse)).failures
+    assert [failure.where for failure in found] == [NAME]
+    assert "along the output axis" in found[0].what
+
+
+def test_fewer_nonzeros_are_allowed_and_said(sparse):
+    edit(sparse, NAME, lambda w: w.__setitem__(first(w != 0), 0.0))
+    result = verify(str(sparse))
+    assert result.ok
+    assert {tensor.name: tensor.exact for tensor in result.tensors}[NAME] is False
+
+
+@pytest.mark.parametrize(
+    ("value", "what"), [(-0.0, "negative zero"), (float("nan"), "not finite"), (float("inf"), "not finite")]
+)
+def test_values_that_no_kernel_should_meet(sparse, value, what):
+    edit(sparse, NAME, lambda w: w.__setitem__(first(w == 0) if value == 0 else first(w != 0), value))
+    assert what in failures(sparse)[NAME]
+
+
+def test_the_place_is_that_of_the_first_failure(sparse):
+    edit(
+        sparse, NAME, lambda w: w.__setitem__((70, 33), -0.0) if w[70, 33] == 0 else w.__setitem__((70, 33), torch.nan)
+    )
+    assert "first at [70, 33]" in failures(sparse)[NAME]
+
+
+def test_a_kept_weight_that_changed(sparse, pristine_llama):
+    edit(sparse, NAME, lambda w: w.__setitem__(first(w != 0), 7.0))
+    assert verify(str(sparse)).ok
+    assert "not the original's" in failures(sparse, against=str(pristine_llama))[NAME]
+
+
+@pytest.mark.parametrize("name", ["model.norm.weight", "lm_head.weight", "model.layers.9.mtp.weight"])
+def test_an_unpruned_tensor_that_changed(sparse, pristine_llama, name):
+    edit(sparse, name, lambda w: w.view(-1).__setitem__(0, 7.0))
+    assert "bit-identical" in failures(sparse, against=str(pristine_llama))[name]
+
+
+@pytest.mark.parametrize("file", ["config.json", "tokenizer.json", "assets/more/params.json"])
+def test_another_file_that_changed(sparse, pristine_llama, file):
+    (sparse / file).write_text((sparse / file).read_text(errors="replace") + " ")
+    assert failures(sparse, against=str(pristine_llama)) == {file: "this file is not the original's"}
+
+
+def test_a_lost_tensor(sparse, pristine_llama):
+    for file, tensors in read_shards(sparse).items():
+        if NAME in tensors:
+            del tensors[NAME]
+            save_file(tensors, sparse / file)
+    index = json.loads((sparse / "model.safetensors.index.json").read_text())
+    del index["weight_map"][NAME]
+    (sparse / "model.safetensors.index.json").write_text(json.dumps(index))
+    assert "as the report describes" in failures(sparse)[NAME]
+    assert "in the original" in failures(sparse, against=str(pristine_llama))[NAME]
+
+
+def test_a_dense_checkpoint(pristine_llama):
+    with pytest.raises(CheckFailed, match="claims no sparsity"):
+        verify(str(pristine_llama))
+    assert len(verify(str(pristine_llama), NMPattern(2, 4)).failures) == 28
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda r: r.pop("pattern"),
+        lambda r: r["pattern"].update(n="2"),
+        lambda r: r.update(tensors=[1]),
+        lambda r: r["tensors"][0].update(action="pruned", layout="sideways"),
+    ],
+)
+def test_a_report_that_is_none_is_refused(sparse, change):
+    report = json.loads((sparse / "tsenor-report.json").read_text())
+    change(report)
+    (sparse / "tsenor-report.json").write_text(json.dumps(report))
+    with pytest.raises(InputRefused, match="not a report"):
+        verify(str(sparse))

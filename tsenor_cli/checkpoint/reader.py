@@ -1,0 +1,291 @@
+"""A checkpoint on disk as an index of tensors, read from the headers alone; bytes are read on demand.
+
+Every header is checked here before anything is trusted, and nothing is memory-mapped: mapped pages would stay
+resident, and a file that shrinks under a map kills the process.
+The format: an 8-byte little-endian header length, a JSON header, then the tensors' bytes without holes
+(https://huggingface.co/docs/safetensors).
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from functools import cached_property
+from math import prod
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from tsenor_cli.checkpoint.jsonfile import parse_object, read_object
+from tsenor_cli.checkpoint.source import OTHER_WEIGHT_FORMATS
+from tsenor_cli.errors import InputRefused
+
+if TYPE_CHECKING:
+    import torch
+
+SINGLE_FILE, INDEX_FILE = "model.safetensors", "model.safetensors.index.json"
+MAX_HEADER_BYTES = 100_000_000  # safetensors' own limit
+COPY_BYTES = 16 * 2**20
+
+# Bits per element. Only the first four can be pruned; the rest are copied, or mark a quantised checkpoint.
+DTYPE_BITS = {
+    "F64": 64, "F32": 32, "F16": 16, "BF16": 16,
+    "I64": 64, "I32": 32, "I16": 16, "I8": 8, "U64": 64, "U32": 32, "U16": 16, "U8": 8, "BOOL": 8, "C64": 64,
+    "F8_E4M3": 8, "F8_E5M2": 8, "F8_E8M0": 8, "F8_E4M3FNUZ": 8, "F8_E5M2FNUZ": 8,
+    "F6_E2M3": 6, "F6_E3M2": 6, "F4": 4,
+}  # fmt: skip
+_TORCH_NAMES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
+PRUNABLE_DTYPES = frozenset(_TORCH_NAMES)
+# How sparse and quantised formats name their parts; their config.json does not always say so.
+_PACKED_SUFFIXES = (".weight_packed", ".bitmask", ".compressed", ".qweight", ".weight_scale", ".weight_scale_inv")
+
+
+@dataclass(frozen=True)
+class DiskTensor:
+    """One tensor in one shard. `start` and `stop` are byte positions in the file."""
+
+    name: str
+    path: Path
+    dtype: str  # as safetensors spells it: BF16, F32, …
+    shape: tuple[int, ...]
+    start: int
+    stop: int
+
+    @property
+    def parameters(self) -> int:
+        return prod(self.shape)
+
+    @property
+    def nbytes(self) -> int:
+        return self.stop - self.start
+
+    def read(self, first: int = 0, last: int | None = None) -> torch.Tensor:
+        """Rows `first` to `last` of the leading axis, in the tensor's own dtype (one of PRUNABLE_DTYPES)."""
+        import torch
+
+        shape = (len(range(*slice(first, last).indices(self.shape[0]))), *self.shape[1:])
+        row_bytes = self.nbytes // max(self.shape[0], 1)
+        raw = torch.empty(shape[0] * row_bytes, dtype=torch.uint8)
+        with self.path.open("rb", buffering=0) as file:
+            file.seek(self.start + first * row_bytes)
+            _fill(file, raw.numpy().data, self.path)
+        return raw.view(getattr(torch, _TORCH_NAMES[self.dtype])).view(shape)
+
+    def chunks(self) -> Iterator[bytes]:
+        """The raw bytes, a few MiB at a time."""
+        with self.path.open("rb", buffering=0) as file:
+            file.seek(self.start)
+            left = self.nbytes
+            while left:
+                buffer = bytearray(min(left, COPY_BYTES))
+                _fill(file, memoryview(buffer), self.path)
+                left -= len(buffer)
+                yield bytes(buffer)
+
+
+@dataclass(frozen=True)
+class Shard:
+    """One safetensors file: its header as it stands on disk, and its tensors in the order of their bytes."""
+
+    path: Path
+    header: bytes
+    metadata: dict[str, str]
+    tensors: tuple[DiskTensor, ...]
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A local checkpoint directory, its headers checked."""
+
+    directory: Path
+    config: dict[str, Any]
+    shards: tuple[Shard, ...]
+    revision: str | None = None  # the hub commit, if it came from the hub
+
+    @cached_property
+    def tensors(self) -> dict[str, DiskTensor]:
+        return {tensor.name: tensor for shard in self.shards for tensor in shard.tensors}
+
+    @property
+    def nbytes(self) -> int:
+        return sum(shard.path.stat().st_size for shard in self.shards)
+
+    @cached_property
+    def other_files(self) -> tuple[Path, ...]:
+        """Every file but the shards and dense copies in other formats, relative to the directory."""
+        return tuple(path for path in self._rest if not _is_other_format(path))
+
+    @cached_property
+    def left_out_files(self) -> tuple[Path, ...]:
+        """Dense copies of the weights in other formats, relative to the directory."""
+        return tuple(path for path in self._rest if _is_other_format(path))
+
+    @cached_property
+    def _rest(self) -> tuple[Path, ...]:
+        shards = {shard.path.name for shard in self.shards}
+        found = []
+        for path in sorted(self.directory.rglob("*")):
+            relative = path.relative_to(self.directory)
+            if relative.parts[0] in {".git", ".cache"} or str(relative) in shards or path.is_dir():
+                continue
+            check_contained(path, self.directory)
+            if not path.is_file():
+                raise InputRefused(f"{path} is not a regular file", "remove it from the checkpoint")
+            found.append(relative)
+        return tuple(found)
+
+
+def open_checkpoint(directory: Path, revision: str | None = None) -> Checkpoint:
+    """Read and check config, index and every header of the checkpoint in `directory`.
+
+    Raises:
+        InputRefused: anything missing, damaged, quantised, or pointing outside the directory.
+    """
+    config_path = directory / "config.json"
+    if not config_path.is_file():
+        raise InputRefused(f"{directory} has no config.json", "give the directory of a transformers checkpoint")
+    check_contained(config_path, directory)
+    config = read_object(config_path)
+    _refuse_quantised(directory, config)
+    shards = tuple(read_shard(path) for path in _shard_paths(directory))
+    checkpoint = Checkpoint(directory, config, shards, revision)
+    _check_index(checkpoint)
+    packed = next((name for name in checkpoint.tensors if name.endswith(_PACKED_SUFFIXES)), None)
+    if packed is not None:
+        raise InputRefused(
+            f"{directory} holds packed weights ({packed})", "prune the original floating-point checkpoint"
+        )
+    return checkpoint
+
+
+def read_shard(path: Path) -> Shard:
+    """Read and check the header of one safetensors file."""
+    size = path.stat().st_size
+    with path.open("rb") as file:
+        length = int.from_bytes(file.read(8), "little") if size >= 8 else -1
+        if not 2 <= length <= min(MAX_HEADER_BYTES, size - 8):
+            raise InputRefused(f"{path} is not a whole safetensors file", "it is damaged or cut short: fetch it again")
+        header = file.read(length)
+    entries = parse_object(header, f"the header of {path}")
+    metadata = entries.pop("__metadata__", {})
+    if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
+        raise InputRefused(f"the metadata of {path} is not text", "the file is damaged: fetch it again")
+    data_start = 8 + length
+    tensors = sorted((_entry(path, name, entry, data_start) for name, entry in entries.items()), key=_position)
+    end = data_start
+    for tensor in tensors:
+        if tensor.start != end:
+            raise InputRefused(
+                f"{path}: tensors overlap or leave a hole before {tensor.name!r}", "fetch the file again"
+            )
+        end = tensor.stop
+    if end != size:
+        state = "is cut short" if size < end else "has bytes after its last tensor"
+        raise InputRefused(f"{path} {state}: {size:,} bytes, its header says {end:,}", "fetch it again")
+    return Shard(path, header, metadata, tuple(tensors))
+
+
+def check_contained(path: Path, directory: Path) -> None:
+    """Refuse a link that leads out of the checkpoint, except into the blobs of the hub's own cache.
+
+    Copying through such a link would put a file of the user's into the output.
+    """
+    target, root = path.resolve(), directory.resolve()
+    blobs = root.parent.parent / "blobs" if root.parent.name == "snapshots" else root
+    if not (target.is_relative_to(root) or target.is_relative_to(blobs)):
+        raise InputRefused(f"{path} links out of the checkpoint", "replace the link by the file itself")
+
+
+def _shard_paths(directory: Path) -> list[Path]:
+    single, index = directory / SINGLE_FILE, directory / INDEX_FILE
+    if single.is_file() and index.is_file():
+        raise InputRefused(f"{directory} has both {SINGLE_FILE} and {INDEX_FILE}", "remove the one that is out of date")
+    if single.is_file():
+        names = [SINGLE_FILE]
+    elif index.is_file():
+        names = sorted(set(_weight_map(directory).values()))
+    else:
+        pickles = sorted(
+            path.name for pattern in ("*.bin", "*.pt", "*.pth", "*.ckpt") for path in directory.glob(pattern)
+        )
+        why = f"has only pickled weights ({pickles[0]})" if pickles else "has no safetensors weights"
+        raise InputRefused(f"{directory} {why}", "convert it with save_pretrained; tsenor never opens pickles")
+    paths = [directory / name for name in names]
+    for path in paths:
+        if not path.is_file():
+            raise InputRefused(f"{path} is missing", f"{INDEX_FILE} names it: fetch it again")
+        check_contained(path, directory)
+    return paths
+
+
+def _weight_map(directory: Path) -> dict[str, str]:
+    """The index's tensor → file map, every file a plain name inside the directory."""
+    path = directory / INDEX_FILE
+    check_contained(path, directory)
+    weight_map = read_object(path).get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise InputRefused(f"{path} has no weight_map", "the file is damaged: fetch it again")
+    for name in weight_map.values():
+        if not isinstance(name, str) or not re.fullmatch(r"[^/\\:\x00-\x1f]+\.safetensors", name):
+            raise InputRefused(
+                f"{path} names {name!r}, not a safetensors file beside it", "do not trust this checkpoint"
+            )
+    return weight_map
+
+
+def _check_index(checkpoint: Checkpoint) -> None:
+    """Every tensor stands in exactly one shard, and in the one that the index names."""
+    if len(checkpoint.tensors) != sum(len(shard.tensors) for shard in checkpoint.shards):
+        names = [tensor.name for shard in checkpoint.shards for tensor in shard.tensors]
+        twice = next(name for name in names if names.count(name) > 1)
+        raise InputRefused(f"{checkpoint.directory}: tensor {twice!r} is in two shards", "fetch the checkpoint again")
+    if not (checkpoint.directory / INDEX_FILE).is_file():
+        return
+    for name, file in _weight_map(checkpoint.directory).items():
+        tensor = checkpoint.tensors.get(name)
+        if tensor is None or tensor.path.name != file:
+            raise InputRefused(
+                f"tensor {name!r} is not in {file}, where the index puts it", "fetch the checkpoint again"
+            )
+
+
+def _refuse_quantised(directory: Path, config: dict[str, Any]) -> None:
+    parts = [config, *(value for value in config.values() if isinstance(value, dict))]
+    for key in ("quantization_config", "compression_config", "sparsity_config"):
+        if any(part.get(key) for part in parts):
+            raise InputRefused(
+                f"{directory} is already quantised or compressed ({key} in config.json)",
+                "prune the original floating-point checkpoint",
+            )
+
+
+def _entry(path: Path, name: str, entry: object, data_start: int) -> DiskTensor:
+    match entry:
+        case {"dtype": str(dtype), "shape": list(shape), "data_offsets": [int(start), int(stop)]} if (
+            dtype in DTYPE_BITS
+            and len(shape) <= 64
+            and all(type(size) is int and 0 <= size < 2**62 for size in shape)
+            and 0 <= start <= stop
+            and (stop - start) * 8 == prod(shape) * DTYPE_BITS[dtype]
+        ):
+            return DiskTensor(name, path, dtype, tuple(shape), data_start + start, data_start + stop)
+    raise InputRefused(f"{path}: the entry of tensor {name!r} is not valid", "the file is damaged: fetch it again")
+
+
+def _position(tensor: DiskTensor) -> tuple[int, int]:
+    return tensor.start, tensor.stop
+
+
+def _is_other_format(path: Path) -> bool:
+    return any(fnmatchcase(path.as_posix(), pattern) for pattern in OTHER_WEIGHT_FORMATS)  # as the hub filters
+
+
+def _fill(file: Any, buffer: memoryview, path: Path) -> None:  # noqa: ANN401  (an unbuffered binary file)
+    """Read exactly len(buffer) bytes: one read() may return fewer."""
+    done = 0
+    while done < len(buffer):
+        count = file.readinto(buffer[done:])
+        if not count:
+            raise InputRefused(f"{path} became shorter while it was read", "keep the checkpoint still during the run")
+        done += count

@@ -1,0 +1,81 @@
+"""From what the user typed to a local directory: a path, or a hub id `org/name[@revision]`."""
+
+from __future__ import annotations
+
+import os
+import re
+from pathlib import Path
+
+from tsenor_cli.errors import InputRefused
+
+# Dense copies of the same weights in other formats. A sparse checkpoint must not carry them: some loaders
+# prefer them, and would serve the dense model (docs/decisions/0005).
+OTHER_WEIGHT_FORMATS = (
+    "pytorch_model*.bin",
+    "pytorch_model.bin.index.json",
+    "consolidated*.safetensors",
+    "consolidated*.pth",
+    "*.gguf",
+    "tf_model*.h5",
+    "tf_model.h5.index.json",
+    "flax_model*.msgpack",
+    "flax_model.msgpack.index.json",
+    "rust_model.ot",
+    "original/*",
+    "onnx/*",
+)
+_HUB_ID = re.compile(r"(?P<repo>[\w.-]+/[\w.-]+)(@(?P<revision>[\w./-]+))?")
+
+
+def resolve_checkpoint(model: str) -> tuple[Path, str | None]:
+    """The local directory of `model`, and its hub commit if it came from the hub.
+
+    A directory that exists wins over a hub id of the same name. Hub files go through huggingface_hub's cache;
+    HF_HUB_OFFLINE, HF_HOME and HF_TOKEN are honoured by it.
+
+    Raises:
+        InputRefused: no such directory and no such repository, or the hub cannot be reached.
+    """
+    path = Path(model).expanduser()
+    if model and path.is_dir():
+        return path, _cached_revision(path)
+    if model and path.exists():
+        raise InputRefused(f"{model} is a file", "give the checkpoint's directory")
+    match = _HUB_ID.fullmatch(model)
+    if match is None or model.startswith(("./", "../", "/", "~")):
+        raise InputRefused(f"no such directory: {model!r}", "give a local checkpoint or a hub id, org/name[@revision]")
+    local = _download(match["repo"], match["revision"])
+    return local, _cached_revision(local)
+
+
+def _download(repo: str, revision: str | None) -> Path:
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+    from huggingface_hub.utils.tqdm import disable_progress_bars
+
+    if os.environ.get("TRANSFORMERS_OFFLINE", "").upper() in {"1", "TRUE", "YES", "ON"}:
+        os.environ.setdefault("HF_HUB_OFFLINE", "1")
+    if not os.isatty(2):
+        disable_progress_bars()
+    offline = os.environ.get("HF_HUB_OFFLINE", "").upper() in {"1", "TRUE", "YES", "ON"}
+    try:
+        found = snapshot_download(
+            repo, revision=revision, ignore_patterns=list(OTHER_WEIGHT_FORMATS), local_files_only=offline
+        )
+    except LocalEntryNotFoundError as error:
+        why = "it is not in the local cache and the hub is off" if offline else "the hub cannot be reached"
+        raise InputRefused(
+            f"no local directory {repo}, and as a hub id {why}", "check the name and the network"
+        ) from error
+    except (HfHubHTTPError, HFValidationError, OSError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise InputRefused(
+            f"the hub has no usable {repo} ({reason})", "check the name, the revision and HF_TOKEN"
+        ) from error
+    return Path(found)
+
+
+def _cached_revision(path: Path) -> str | None:
+    """The commit of a directory inside the hub's cache (…/snapshots/COMMIT), else None."""
+    path = path.absolute()
+    return path.name if path.parent.name == "snapshots" else None

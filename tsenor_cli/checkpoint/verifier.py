@@ -1,0 +1,215 @@
+"""Checks a pruned checkpoint from its files alone, sharing no code with the solver or the writer.
+
+Per pruned tensor: no group of M along the input axis (and, transposable, along the output axis) has more than N
+nonzeros, no zero is negative, every value is finite. A kept weight may be zero in the original, so fewer than N is
+allowed; `exact` says whether every group has N.
+Against the original: every tensor that was not pruned is bit-identical, and so is every other file; for methods that
+only mask, every weight that is not zero is the original's.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass, field, replace
+from itertools import zip_longest
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from tsenor_cli.checkpoint.jsonfile import read_object
+from tsenor_cli.checkpoint.layouts import LAYOUTS, Layout, banded_axis, fits, matrix_size, to_matrices
+from tsenor_cli.checkpoint.plan import TensorPlan, make_plan
+from tsenor_cli.checkpoint.reader import PRUNABLE_DTYPES, Checkpoint, DiskTensor
+from tsenor_cli.checkpoint.writer import REPORT_FILE
+from tsenor_cli.errors import CheckFailed, InputRefused
+from tsenor_cli.specs import NMPattern, PruneSpec
+
+_MASK_ONLY = {"magnitude", "wanda"}
+_WRITTEN_ANEW = {Path("README.md"), Path(REPORT_FILE)}
+Progress = Callable[[str, int], None]
+
+
+@dataclass(frozen=True)
+class Failure:
+    """One thing that does not hold, at its first place in one tensor or file."""
+
+    where: str
+    what: str
+    count: int = 1
+
+
+@dataclass(frozen=True)
+class TensorCheck:
+    """The counts of one pruned tensor."""
+
+    name: str
+    groups: int  # groups of M checked, in both directions where transposable
+    exact: bool  # every group has exactly N nonzeros
+    zeros: int
+
+
+@dataclass
+class Verification:
+    """The outcome; `ok` when nothing failed."""
+
+    directory: str
+    pattern: str
+    kind: str
+    against: str | None
+    tensors: list[TensorCheck] = field(default_factory=list)
+    failures: list[Failure] = field(default_factory=list)
+
+    @property
+    def ok(self) -> bool:
+        return not self.failures
+
+    def to_dict(self) -> dict[str, Any]:
+        return {"schema_version": 1, "ok": self.ok, **asdict(self)}
+
+
+@dataclass(frozen=True)
+class _Claim:
+    """What the checkpoint is said to be: by its own report, or by the user's pattern."""
+
+    pattern: NMPattern
+    layouts: dict[str, Layout]  # of the tensors said to be pruned
+    mask_only: bool
+
+
+def verify_checkpoint(
+    checkpoint: Checkpoint, pattern: NMPattern | None, original: Checkpoint | None, advanced: Progress
+) -> Verification:
+    """Check everything and collect what fails; see the module's text for what is checked."""
+    claim = _claim(checkpoint, pattern)
+    result = Verification(
+        str(checkpoint.directory),
+        str(claim.pattern),
+        claim.pattern.kind,
+        str(original.directory) if original else None,
+    )
+    for name, layout in claim.layouts.items():
+        tensor = checkpoint.tensors.get(name)
+        if tensor is None or tensor.dtype not in PRUNABLE_DTYPES or not fits(tensor.shape, layout):
+            result.failures.append(Failure(name, "not in the checkpoint as the report describes it"))
+            continue
+        source = original.tensors.get(name) if original and claim.mask_only else None
+        comparable = source is not None and (source.dtype, source.shape) == (tensor.dtype, tensor.shape)
+        _check_pruned(tensor, layout, claim.pattern, source if comparable else None, result, advanced)
+    if original is not None:
+        result.failures += _differences(checkpoint, original, set(claim.layouts), advanced)
+    return result
+
+
+def _claim(checkpoint: Checkpoint, pattern: NMPattern | None) -> _Claim:
+    path = checkpoint.directory / REPORT_FILE
+    if path.is_file():
+        return _claim_of_report(path, pattern)
+    if pattern is None:
+        raise CheckFailed(
+            f"{checkpoint.directory} claims no sparsity: it has no {REPORT_FILE}", "say what to check for with --nm N:M"
+        )
+    plan = make_plan(checkpoint, PruneSpec(str(checkpoint.directory), Path(), pattern))
+    layouts = {item.tensor.name: item.layout for item in plan.pruned if item.layout}
+    if not layouts:
+        raise CheckFailed(f"{checkpoint.directory} has no tensor that {pattern} fits", "see tsenor inspect")
+    return _Claim(pattern, layouts, mask_only=True)
+
+
+def _claim_of_report(path: Path, pattern: NMPattern | None) -> _Claim:
+    report = read_object(path)
+    try:
+        claimed = NMPattern(**report["pattern"])
+        pruned = [record for record in report["tensors"] if record["action"] == "pruned"]
+        layouts = {record["name"]: LAYOUTS[LAYOUTS.index(record["layout"])] for record in pruned}
+        return _Claim(pattern or claimed, layouts, report["options"]["method"] in _MASK_ONLY)
+    except (KeyError, TypeError, ValueError) as error:
+        raise InputRefused(f"{path} is not a report of tsenor ({error})", "remove it and give --nm N:M") from error
+
+
+def _check_pruned(
+    tensor: DiskTensor,
+    layout: Layout,
+    pattern: NMPattern,
+    source: DiskTensor | None,
+    result: Verification,
+    advanced: Progress,
+) -> None:
+    """Check one tensor band by band; every kind of failure is reported once, with its count and first place."""
+    if not pattern.divides(*matrix_size(tensor.shape, layout)):
+        result.failures.append(Failure(tensor.name, f"{pattern.m} does not divide its shape {list(tensor.shape)}"))
+        return
+    found: dict[str, Failure] = {}
+    groups = zeros = 0
+    exact = True
+    for first, last in TensorPlan(tensor, None, layout).bands(pattern.m):
+        band = tensor.read(first, last)
+        weight = to_matrices(band, layout)
+        wrong = {"a negative zero": (weight == 0) & torch.signbit(weight), "not finite": ~torch.isfinite(weight)}
+        if source is not None:
+            original = to_matrices(source.read(first, last), layout)
+            wrong["a kept weight that is not the original's"] = (weight != 0) & (weight != original)
+        for axis, counts in _group_counts(weight != 0, pattern).items():
+            groups += counts.numel()
+            exact = exact and bool((counts == pattern.n).all())
+            too_many = (counts > pattern.n).repeat_interleave(pattern.m, axis)  # back to one entry per weight
+            wrong[f"in a group of {pattern.m} along {_AXIS_NAMES[axis]} with more than {pattern.n}"] = too_many
+        zeros += band.numel() - int(torch.count_nonzero(band))
+        _collect(found, tensor.name, wrong, layout, first)
+        advanced(tensor.name, band.nbytes)
+    result.failures += found.values()
+    result.tensors.append(TensorCheck(tensor.name, groups, exact, zeros))
+
+
+_AXIS_NAMES = {-1: "the input axis", -2: "the output axis"}
+
+
+def _group_counts(nonzero: torch.Tensor, pattern: NMPattern) -> dict[int, torch.Tensor]:
+    """Nonzeros in each group of M, by axis: -1 is the input axis, -2 the output axis (transposable only)."""
+    ones, m = nonzero.contiguous().view(torch.uint8), pattern.m
+    counts = {-1: _sum(ones[..., i::m] for i in range(m))}
+    if pattern.transposable:
+        counts[-2] = _sum(ones[..., i::m, :] for i in range(m))
+    return counts
+
+
+def _sum(parts: Iterator[torch.Tensor]) -> torch.Tensor:
+    """A sum of uint8 tensors, at most 64 ones each: much faster than a reduction over a short axis."""
+    total = next(parts).clone()
+    for part in parts:
+        total += part
+    return total
+
+
+def _collect(found: dict[str, Failure], name: str, wrong: dict[str, torch.Tensor], layout: Layout, first: int) -> None:
+    """Add what is wrong in one band; the place of the first is counted in the whole [.., out, in] tensor."""
+    for what, where in wrong.items():
+        count = int(torch.count_nonzero(where))
+        if count and what in found:
+            found[what] = replace(found[what], count=found[what].count + count)
+        elif count:
+            place = where.nonzero()[0].tolist()
+            place[banded_axis(layout)] += first
+            found[what] = Failure(name, f"{what}, first at {place} of [.., out, in]", count)
+
+
+def _differences(
+    checkpoint: Checkpoint, original: Checkpoint, pruned: set[str], advanced: Progress
+) -> Iterator[Failure]:
+    """Everything that should be the original's and is not."""
+    for name, tensor in original.tensors.items():
+        copy = checkpoint.tensors.get(name)
+        if copy is None:
+            yield Failure(name, "in the original, but not in the checkpoint")
+        elif (copy.dtype, copy.shape) != (tensor.dtype, tensor.shape):
+            yield Failure(name, f"{copy.dtype} {list(copy.shape)}, the original {tensor.dtype} {list(tensor.shape)}")
+        elif name not in pruned:
+            if any(a != b for a, b in zip_longest(copy.chunks(), tensor.chunks())):
+                yield Failure(name, "not pruned, but not bit-identical to the original")
+            advanced(name, copy.nbytes)
+    for name in checkpoint.tensors.keys() - original.tensors.keys():
+        yield Failure(name, "not in the original")
+    for path in set(original.other_files) - _WRITTEN_ANEW:
+        copy_path = checkpoint.directory / path
+        if not copy_path.is_file() or copy_path.read_bytes() != (original.directory / path).read_bytes():
+            yield Failure(str(path), "this file is not the original's")

@@ -1,0 +1,18 @@
+"""How a run tells of its progress. The library prints nothing; the command line passes a progress bar."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from tsenor_cli.checkpoint.plan import Plan
+
+
+class Observer:
+    """Told how a run goes; does nothing."""
+
+    def planned(self, plan: Plan) -> None:
+        """The plan stands and work begins."""
+
+    def advanced(self, name: str, nbytes: int) -> None:
+        """`nbytes` more of the input, all of them in tensor `name`, are done."""
