@@ -1,0 +1,159 @@
+"""From what happened to the records of the report."""
+
+from __future__ import annotations
+
+import math
+import platform
+import resource
+import sys
+from dataclasses import dataclass
+from importlib.metadata import version
+from typing import Any
+
+import torch
+
+from tsenor_cli.checkpoint.plan import Plan, TensorPlan
+from tsenor_cli.pruners.base import PrunedLayer
+from tsenor_cli.report.records import Report, Summary, TensorRecord
+from tsenor_cli.specs import PruneSpec
+
+_PACKAGES = ("torch", "transformers", "safetensors", "huggingface_hub", "numba", "numpy")
+
+
+@dataclass
+class Tally:
+    """Sums over the bands of one tensor."""
+
+    zeros: int = 0
+    energy: float = 0.0
+    kept_energy: float = 0.0
+    objective: float = 0.0
+    upper_bound: float = 0.0
+    worst_block_gap: float = 0.0
+    seconds: float = 0.0
+    solver: str = ""
+
+    def add(self, weight: torch.Tensor, layer: PrunedLayer) -> None:
+        solution = layer.solution
+        self.zeros += layer.weight.numel() - int(torch.count_nonzero(layer.weight))
+        self.energy += energy(weight)
+        self.kept_energy += energy(torch.where(solution.mask, weight, 0.0))
+        self.objective += solution.objective
+        self.upper_bound += solution.upper_bound
+        self.worst_block_gap = max(self.worst_block_gap, solution.worst_block_gap)
+        self.seconds += solution.seconds
+        self.solver = solution.solver
+
+    def record(self, item: TensorPlan) -> TensorRecord:
+        return TensorRecord(
+            **_facts(item),
+            action="pruned",
+            zeros=self.zeros,
+            energy=self.energy,
+            kept_energy=_share(self.kept_energy, self.energy),
+            objective=self.objective,
+            upper_bound=self.upper_bound,
+            gap=_gap(self.objective, self.upper_bound),
+            worst_block_gap=self.worst_block_gap,
+            solver=self.solver,
+            seconds=round(self.seconds, 6),
+        )
+
+
+def kept_record(item: TensorPlan) -> TensorRecord:
+    """The record of a tensor that was copied."""
+    return TensorRecord(**_facts(item), action="kept", reason=item.reason)
+
+
+def energy(weight: torch.Tensor) -> float:
+    """Σ w², to about 1e-6: rows in float32 scaled by a power of two against overflow, their sums in float64."""
+    peak = float(weight.abs().max())
+    if peak == 0.0:
+        return 0.0
+    scale = 2.0 ** (math.frexp(peak)[1] - 1)
+    rows = (weight.reshape(-1, weight.shape[-1]) / scale).float()
+    return float(torch.linalg.vecdot(rows, rows).double().sum()) * scale * scale
+
+
+def build_report(spec: PruneSpec, plan: Plan, records: list[TensorRecord], citation: str, seconds: float) -> Report:
+    """Gather the whole report of a finished run."""
+    checkpoint = plan.checkpoint
+    return Report(
+        tsenor_version=version("tsenor"),
+        versions={"python": platform.python_version(), **{name: version(name) for name in _PACKAGES}},
+        model={
+            "source": spec.model,
+            "revision": checkpoint.revision,
+            "architecture": next(iter(checkpoint.config.get("architectures") or []), None),
+            "model_type": checkpoint.config.get("model_type"),
+        },
+        pattern={"n": spec.pattern.n, "m": spec.pattern.m, "transposable": spec.pattern.transposable},
+        options={
+            "method": spec.method,
+            "only": list(spec.only),
+            "ignore": list(spec.ignore),
+            "min_coverage": spec.min_coverage,
+            "strict": spec.strict,
+            "device": spec.device,
+        },
+        citation=citation,
+        device="cpu",
+        threads=torch.get_num_threads(),
+        summary=_summarise(plan, records, seconds),
+        tensors=records,
+        left_out_files=[str(path) for path in checkpoint.left_out_files],
+    )
+
+
+def _summarise(plan: Plan, records: list[TensorRecord], seconds: float) -> Summary:
+    pruned = [record for record in records if record.action == "pruned"]
+    energy_before, energy_after = _total(pruned, "energy"), math.fsum(r.energy * r.kept_energy for r in pruned)  # type: ignore[operator]
+    objective, upper_bound = _total(pruned, "objective"), _total(pruned, "upper_bound")
+    nbytes = plan.checkpoint.nbytes
+    return Summary(
+        coverage=plan.coverage,
+        pruned_tensors=len(pruned),
+        pruned_parameters=plan.pruned_parameters,
+        prunable_parameters=plan.prunable_parameters,
+        total_parameters=sum(record.parameters for record in records),
+        zeros=sum(record.zeros or 0 for record in pruned),
+        kept_energy=_share(energy_after, energy_before),
+        objective=objective,
+        upper_bound=upper_bound,
+        gap=_gap(objective, upper_bound),
+        worst_block_gap=max((record.worst_block_gap or 0.0 for record in pruned), default=0.0),
+        checkpoint_bytes=nbytes,
+        seconds=round(seconds, 3),
+        peak_memory_bytes=peak_memory_bytes(),
+    )
+
+
+def peak_memory_bytes() -> int:
+    """The largest resident size of this process so far."""
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024  # Linux counts KiB, macOS bytes
+
+
+def _facts(item: TensorPlan) -> dict[str, Any]:
+    tensor = item.tensor
+    return {
+        "name": tensor.name,
+        "file": tensor.path.name,
+        "dtype": tensor.dtype,
+        "shape": list(tensor.shape),
+        "parameters": tensor.parameters,
+        "prunable": item.prunable,
+        "layout": item.layout,
+    }
+
+
+def _total(records: list[TensorRecord], field: str) -> float:
+    return math.fsum(getattr(record, field) for record in records)
+
+
+def _share(part: float, whole: float) -> float:
+    return part / whole if whole else 1.0
+
+
+def _gap(objective: float, upper_bound: float) -> float:
+    return (upper_bound - objective) / upper_bound if upper_bound else 0.0

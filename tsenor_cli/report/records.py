@@ -1,0 +1,77 @@
+"""What a run did, as plain data: the schema of tsenor-report.json (see schema.json beside this file)."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+SCHEMA_VERSION = 1
+
+
+@dataclass(frozen=True)
+class TensorRecord:
+    """One tensor of the checkpoint. The fields from `zeros` on are set for pruned tensors only."""
+
+    name: str
+    file: str
+    dtype: str
+    shape: list[int]
+    parameters: int
+    prunable: bool  # a weight of a linear map in the model's body: counts in the coverage
+    action: str  # "pruned" or "kept"
+    reason: str | None = None  # why it was kept
+    layout: str | None = None  # how its matrices lie on disk, if that is understood
+    zeros: int | None = None
+    energy: float | None = None  # Σ w² of the input
+    kept_energy: float | None = None  # Σ w² over the kept weights / energy
+    objective: float | None = None  # Σ of the kept scores
+    upper_bound: float | None = None  # no mask of this pattern can have a larger objective
+    gap: float | None = None  # (upper_bound - objective) / upper_bound
+    worst_block_gap: float | None = None
+    solver: str | None = None
+    seconds: float | None = None  # in the mask solver
+
+
+@dataclass(frozen=True)
+class Summary:
+    """The run in a few numbers. Shares are between 0 and 1."""
+
+    coverage: float  # pruned / prunable parameters
+    pruned_tensors: int
+    pruned_parameters: int
+    prunable_parameters: int
+    total_parameters: int
+    zeros: int
+    kept_energy: float
+    objective: float
+    upper_bound: float
+    gap: float
+    worst_block_gap: float
+    checkpoint_bytes: int  # of the shards; the output's are the same size
+    seconds: float
+    peak_memory_bytes: int  # the whole process, imports included
+
+
+@dataclass(frozen=True)
+class Report:
+    """The whole of tsenor-report.json."""
+
+    tsenor_version: str
+    versions: dict[str, str]
+    model: dict[str, Any]  # source, revision, architecture, model_type
+    pattern: dict[str, Any]  # n, m, transposable
+    options: dict[str, Any]
+    citation: str
+    device: str
+    threads: int
+    summary: Summary
+    tensors: list[TensorRecord]
+    left_out_files: list[str] = field(default_factory=list)
+    schema_version: int = SCHEMA_VERSION
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+    def to_json(self) -> str:
+        return json.dumps(self.to_dict(), indent=1, allow_nan=False) + "\n"
