@@ -1,0 +1,293 @@
+"""The command line as people, CI jobs and pipes meet it: streams, exit codes, one line per mistake."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+from checkpoints import INDEX, read_shards
+from safetensors.torch import save_file
+
+TSENOR = [sys.executable, "-m", "tsenor_cli"]
+
+
+def fails(outcome, code, *words):
+    """One line on stderr with these words, nothing on stdout, the documented code."""
+    assert outcome.code == code, outcome
+    assert outcome.out == ""
+    assert outcome.err.count("\n") == 1, outcome.err
+    assert outcome.err.startswith("tsenor: error: ")
+    assert all(word in outcome.err for word in words), outcome.err
+
+
+def untouched(directory):
+    """The work directory is empty: nothing was written, not even for a moment kept."""
+    return not any(directory.iterdir())
+
+
+# --- what works ---------------------------------------------------------------------------------------------------------
+
+
+def test_prune_as_typed(tsenor, llama, tmp_path):
+    outcome = tsenor("prune", llama, "--nm", "2:4")
+    assert (outcome.code, outcome.out) == (0, "llama-2of4-transposable\n")
+    assert "coverage" in outcome.err
+    assert (tmp_path / "work" / "llama-2of4-transposable" / "tsenor-report.json").is_file()
+
+
+def test_quiet_says_nothing_but_the_output(tsenor, llama):
+    outcome = tsenor("prune", llama, "--nm", "2:4", "--standard", "-q", "-o", "x")
+    assert (outcome.code, outcome.out, outcome.err) == (0, "x\n", "")
+
+
+def test_verbose_names_every_tensor(tsenor, llama):
+    assert "model.layers.1.mlp.up_proj.weight" in tsenor("prune", llama, "--nm", "2:4", "-v").err
+
+
+def test_json_is_one_object(tsenor, llama, tmp_path):
+    outcome = tsenor("prune", llama, "--nm", "8:16", "--json", "-o", "x")
+    result = json.loads(outcome.out)
+    assert result.pop("output") == "x"
+    assert result == json.loads((tmp_path / "work" / "x" / "tsenor-report.json").read_text())
+    assert json.loads(tsenor("verify", "x", "--json").out)["ok"] is True
+
+
+def test_dry_run_shows_the_plan_and_writes_nothing(tsenor, llama, tmp_path):
+    outcome = tsenor("prune", llama, "--nm", "2:4", "--dry-run")
+    assert outcome.code == 0
+    assert "keep: embedding" in outcome.out
+    plan = json.loads(tsenor("prune", llama, "--nm", "2:4", "--dry-run", "--json").out)
+    assert plan["coverage"] == 1.0
+    assert plan["expected_peak_memory_bytes"] > 0
+    assert {t["action"] for t in plan["tensors"]} == {"prune", "keep"}
+    assert untouched(tmp_path / "work")
+
+
+def test_inspect(tsenor, llama):
+    assert "14 of 22 tensors are prunable" in tsenor("inspect", llama).out
+    found = {t["name"]: t for t in json.loads(tsenor("inspect", llama, "--json").out)["tensors"]}
+    assert found["lm_head.weight"]["reason"] == "head"
+    up = found["model.layers.0.mlp.up_proj.weight"]
+    assert (up["layout"], up["kernels"]) == ("out_in", ["CUTLASS", "cuSPARSELt"])
+    assert up["transposable_m"] == [2, 4, 8, 16, 32]
+    assert up["standard_m"] == [2, 4, 8, 16, 32, 64]
+
+
+def test_verify_says_what_holds(tsenor, llama):
+    tsenor("prune", llama, "--nm", "2:4", "-o", "x")
+    outcome = tsenor("verify", "x", "--against", llama)
+    assert outcome.code == 0
+    assert "14 tensors are 2:4 transposable, exactly 2" in outcome.out
+
+
+def test_overwrite_replaces_the_old_output(tsenor, llama):
+    assert tsenor("prune", llama, "--nm", "2:4", "-o", "x", "-q").code == 0
+    assert tsenor("prune", llama, "--nm", "1:4", "-o", "x", "-q", "--overwrite").code == 0
+    assert "1:4" in tsenor("verify", "x").out
+
+
+@pytest.mark.slow
+def test_pipes(llama, tmp_path):
+    """Real shells: the result and nothing else travels through a pipe, progress or not."""
+
+    def shell(command):
+        return subprocess.run(
+            ["bash", "-o", "pipefail", "-c", command], cwd=tmp_path, capture_output=True, text=True, check=True
+        )
+
+    tsenor = " ".join(TSENOR)
+    report = shell(f"{tsenor} prune {llama} --nm 2:4 --json -o a | {sys.executable} -m json.tool").stdout
+    assert json.loads(report)["summary"]["coverage"] == 1.0
+    assert "exactly 2" in shell(f"{tsenor} prune {llama} --nm 2:4 -q -o b | xargs {tsenor} verify").stdout
+    quiet = shell(f"{tsenor} inspect {llama} --json | head -c 1; sleep 0.1")
+    assert (quiet.stdout, quiet.stderr) == ("{", "")
+
+
+# --- what people get wrong -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("pattern", ["4:2", "0:4", "2:65", "x", "2:2", "2:4:8", "-1:4", "2/4", "1:1", ""])
+def test_impossible_patterns_are_usage_errors(tsenor, llama, tmp_path, pattern):
+    fails(tsenor("prune", llama, f"--nm={pattern}"), 2, "pattern")
+    fails(tsenor("verify", llama, f"--nm={pattern}"), 2, "pattern")
+    assert untouched(tmp_path / "work")
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ("prune",),
+        ("prune", "x"),
+        ("prune", "x", "--nm", "2:4", "--method", "lottery"),
+        ("prune", "x", "--nm", "2:4", "--min-coverage", "2"),
+        ("prune", "x", "--nm", "2:4", "--no-such-flag"),
+        ("verify", "x", "--standard"),
+        ("fly",),
+    ],
+    ids=" ".join,
+)
+def test_usage_errors(tsenor, arguments):
+    fails(tsenor(*arguments), 2, "--help")
+
+
+def no_safetensors(llama):
+    for path in llama.glob("*.safetensors"):
+        path.unlink()
+    (llama / INDEX).unlink()
+    (llama / "pytorch_model.bin").write_bytes(b"\x80\x04")
+
+
+def truncated(llama):
+    path = llama / "model-00002-of-00004.safetensors"
+    path.write_bytes(path.read_bytes()[:-100])
+
+
+def without_a_shard(llama):
+    (llama / "model-00002-of-00004.safetensors").unlink()
+
+
+def missing_tensor(llama):
+    index = json.loads((llama / INDEX).read_text())
+    index["weight_map"]["model.layers.0.extra.weight"] = "model-00001-of-00004.safetensors"
+    (llama / INDEX).write_text(json.dumps(index))
+
+
+def outside_path(llama):
+    (llama.parent / "outside.safetensors").write_bytes((llama / "model-00001-of-00004.safetensors").read_bytes())
+    index = json.loads((llama / INDEX).read_text())
+    first = next(iter(index["weight_map"]))
+    index["weight_map"][first] = "../outside.safetensors"
+    (llama / INDEX).write_text(json.dumps(index))
+
+
+def quantised(llama):
+    config = json.loads((llama / "config.json").read_text())
+    config["quantization_config"] = {
+        "quant_method": "compressed-tensors",
+        "sparsity_config": {"format": "sparse-24-bitmask"},
+    }
+    (llama / "config.json").write_text(json.dumps(config))
+
+
+def nan_weight(llama):
+    for file, tensors in read_shards(llama).items():
+        if "model.layers.1.mlp.up_proj.weight" in tensors:
+            tensors["model.layers.1.mlp.up_proj.weight"][50, 3] = torch.nan
+            save_file(tensors, llama / file, metadata={"format": "pt"})
+
+
+def no_config(llama):
+    (llama / "config.json").unlink()
+
+
+def config_is_no_json(llama):
+    (llama / "config.json").write_text("{")
+
+
+@pytest.mark.parametrize(
+    ("damage", "word"),
+    [
+        (no_safetensors, "pickle"),
+        (truncated, "cut short"),
+        (without_a_shard, "missing"),
+        (missing_tensor, "model.layers.0.extra.weight"),
+        (outside_path, "../outside.safetensors"),
+        (quantised, "quantization_config"),
+        (nan_weight, "model.layers.1.mlp.up_proj.weight"),
+        (no_config, "config.json"),
+        (config_is_no_json, "JSON"),
+    ],
+    ids=lambda value: getattr(value, "__name__", ""),
+)
+def test_refused_checkpoints(tsenor, llama, tmp_path, damage, word):
+    damage(llama)
+    fails(tsenor("prune", llama, "--nm", "2:4"), 3, word)
+    assert untouched(tmp_path / "work")
+
+
+def test_no_such_checkpoint(tsenor):
+    fails(tsenor("prune", "./nowhere", "--nm", "2:4"), 3, "no such directory")
+    fails(tsenor("inspect", "./nowhere"), 3, "no such directory")
+
+
+def test_a_device_without_an_engine(tsenor, llama):
+    fails(tsenor("prune", llama, "--nm", "2:4", "--device", "cuda"), 3, "--device cpu")
+
+
+def test_checks_that_fall_short(tsenor, llama, tmp_path):
+    fails(tsenor("prune", llama, "--nm", "2:48", "--standard", "--strict"), 4, "--strict")
+    fails(tsenor("prune", llama, "--nm", "2:4", "--ignore", "*.mlp.*", "--min-coverage", "0.9"), 4, "--min-coverage")
+    fails(tsenor("verify", llama), 4, "claims no sparsity")
+    assert untouched(tmp_path / "work")
+
+
+def test_verify_names_the_first_places_that_fail(tsenor, llama):
+    outcome = tsenor("verify", llama, "--nm", "2:4")
+    assert (outcome.code, outcome.out) == (4, "")
+    assert "first at [0, 0]" in outcome.err
+    assert "28 checks failed" in outcome.err.splitlines()[-1]
+
+
+def test_outputs_that_are_taken(tsenor, llama, tmp_path):
+    (tmp_path / "work" / "taken").mkdir()
+    fails(tsenor("prune", llama, "--nm", "2:4", "-o", "taken"), 5, "exists")
+    fails(tsenor("prune", llama, "--nm", "2:4", "-o", llama, "--overwrite"), 5, "overlap")
+    fails(tsenor("prune", llama, "--nm", "2:4", "-o", llama / "inside"), 5, "overlap")
+
+
+def test_names_from_a_checkpoint_cannot_command_the_terminal(tsenor, llama):
+    index = json.loads((llama / INDEX).read_text())
+    index["weight_map"]["evil\x1b[2J\nname"] = "model-00001-of-00004.safetensors"
+    (llama / INDEX).write_text(json.dumps(index))
+    outcome = tsenor("prune", llama, "--nm", "2:4")
+    fails(outcome, 3, "evil")
+    assert "\x1b" not in outcome.err
+
+
+def test_a_bug_shows_its_traceback(tsenor, llama, monkeypatch):
+    monkeypatch.setattr("tsenor_cli.pipeline.make_plan", lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        tsenor("prune", llama, "--nm", "2:4")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_signals_leave_nothing_behind(llama, tmp_path, number, code):
+    """Real signals to a real process that is in the middle of writing."""
+    slow = (
+        "import time; import tsenor_cli.pipeline as p; real = p._prune_band;"
+        "p._prune_band = lambda *a: (time.sleep(0.3), real(*a))[1];"
+        "from tsenor_cli.__main__ import main; main()"
+    )
+    work = tmp_path / "work"
+    process = subprocess.Popen(
+        [sys.executable, "-c", slow, "prune", str(llama), "--nm", "2:4"], cwd=work, stderr=subprocess.PIPE, text=True
+    )
+    deadline = time.monotonic() + 60
+    while not list(work.glob("*.tsenor-partial/*.safetensors")):
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+    os.kill(process.pid, number)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == code, err
+    assert err.count("\n") == 1, err
+    assert untouched(work)
+
+
+@pytest.mark.slow
+def test_a_killed_run_is_swept_by_the_next(llama, tmp_path):
+    work = tmp_path / "work"
+    partial = work / "llama-2of4-transposable.tsenor-partial"
+    shutil.copytree(llama, partial)
+    done = subprocess.run(
+        [*TSENOR, "prune", str(llama), "--nm", "2:4", "-q"], cwd=work, capture_output=True, text=True, check=True
+    )
+    assert done.stdout == "llama-2of4-transposable\n"
+    assert [path.name for path in work.iterdir()] == ["llama-2of4-transposable"]

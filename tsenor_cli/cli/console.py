@@ -1,0 +1,117 @@
+"""What people see while and after a command works: progress bars, tables, notes. All of it on stderr, or asked for.
+
+The only user of rich and tqdm. Results for programs go to stdout through `emit`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import sys
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from tsenor_cli.observer import Observer
+
+if TYPE_CHECKING:
+    from tsenor_cli.checkpoint.plan import Plan
+
+
+@contextlib.contextmanager
+def stdout_reserved() -> Iterator[None]:
+    """Whatever a library prints meanwhile goes to stderr: stdout carries nothing but the result."""
+    with contextlib.redirect_stdout(sys.stderr):
+        yield
+
+
+def quiet_libraries(*, verbose: bool) -> None:
+    """Keep transformers' advice and Python's warnings for -v."""
+    if verbose:
+        return
+    import logging
+    import warnings
+
+    warnings.simplefilter("ignore")
+    logging.getLogger("transformers").setLevel(logging.ERROR)
+    from transformers.utils import logging as transformers_logging
+
+    transformers_logging.set_verbosity_error()  # type: ignore[no-untyped-call]
+
+
+def emit(result: dict[str, Any] | str) -> None:
+    """The command's result on stdout: a JSON object, or one line."""
+    click.echo(result if isinstance(result, str) else json.dumps(result, indent=1, allow_nan=False))
+
+
+def note(text: str) -> None:
+    """One line for people, on stderr."""
+    click.echo(text, err=True)
+
+
+def table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]], *, to_stdout: bool = False) -> None:
+    """A table for people. `to_stdout` when it is what the user asked for, as with inspect."""
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+    console = Console(stderr=not to_stdout)
+    if not console.is_terminal:  # a pipe has no width to fit into
+        console = Console(stderr=not to_stdout, width=200)
+    shown = Table(title=title or None, title_justify="left", box=None, show_header=any(columns), header_style="bold")
+    for column in columns:
+        shown.add_column(column, overflow="fold")
+    for row in rows:
+        shown.add_row(*(Text(cell) for cell in row))  # Text: brackets in names are not markup
+    console.print(shown)
+
+
+class ProgressBar(Observer):
+    """An observer that draws bytes done; silent where stderr is not a terminal."""
+
+    def __init__(self, *, quiet: bool, verbose: bool = False) -> None:
+        self._bar: Any = None
+        self._off = True if quiet else None  # None: tqdm decides by whether stderr is a terminal
+        self._verbose = verbose
+        self._last = ""
+
+    def start(self, total_bytes: int) -> None:
+        from tqdm import tqdm
+
+        self._bar = tqdm(total=total_bytes, unit="B", unit_scale=True, disable=self._off, file=sys.stderr, leave=False)
+
+    def planned(self, plan: Plan) -> None:
+        self.start(sum(item.tensor.nbytes for item in plan.tensors))
+
+    def advanced(self, name: str, nbytes: int) -> None:
+        if self._bar is not None:
+            self._bar.set_postfix_str(name, refresh=False)
+            self._bar.update(nbytes)
+        if self._verbose and name != self._last:
+            note(name)
+            self._last = name
+
+    def close(self) -> None:
+        if self._bar is not None:
+            self._bar.close()
+
+
+def count(number: int) -> str:
+    """1234567 → 1.2M."""
+    value = float(number)
+    for unit in ("", "K", "M", "G"):
+        if value < 1000:
+            return f"{value:.4g}{unit}"
+        value /= 1000
+    return f"{value:.4g}T"
+
+
+def size(nbytes: int) -> str:
+    """Bytes for people, in powers of 1024."""
+    value = float(nbytes)
+    for unit in ("B", "KiB", "MiB", "GiB"):
+        if value < 1024:
+            return f"{value:.4g} {unit}"
+        value /= 1024
+    return f"{value:.4g} TiB"

@@ -1,0 +1,76 @@
+"""`tsenor verify`."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import click
+
+from tsenor_cli.cli import console
+from tsenor_cli.cli.options import json_option, quiet_option, standard_option, verbose_option
+from tsenor_cli.specs import NMPattern
+
+if TYPE_CHECKING:
+    from tsenor_cli.checkpoint.verifier import Verification
+
+_SHOWN = 10
+
+
+@click.command()
+@click.argument("directory")
+@click.option("--nm", metavar="N:M", help="The pattern to check for.  [default: what the checkpoint's report claims]")
+@standard_option
+@click.option("--against", metavar="ORIGINAL", help="The dense original: what was not pruned must be identical to it.")
+@json_option
+@quiet_option
+@verbose_option
+@click.pass_context
+def verify(
+    context: click.Context,
+    directory: str,
+    nm: str | None,
+    standard: bool,
+    against: str | None,
+    as_json: bool,
+    quiet: bool,
+    verbose: bool,
+) -> None:
+    r"""Check the pruned checkpoint in DIRECTORY from its files alone; exit 4 with the first places that fail.
+
+    Every group of M in every pruned tensor, negative zeros, values that are not finite; with --against also that
+    every other tensor and file is bit-identical and every kept weight unchanged.
+
+    \b
+    Example: tsenor verify ./llama-2of4-transposable --against ./llama
+    """
+    if nm is None and standard:
+        raise click.UsageError("--standard needs --nm: without it the report says what to check", context)
+    pattern = NMPattern.parse(nm, transposable=not standard) if nm is not None else None
+    bar = console.ProgressBar(quiet=quiet, verbose=verbose)
+    with console.stdout_reserved():
+        from tsenor_cli import pipeline
+
+        console.quiet_libraries(verbose=verbose)
+        try:
+            result = pipeline.verify(directory, pattern, against, bar)
+        finally:
+            bar.close()
+    if as_json:
+        console.emit(result.to_dict())
+    elif result.ok:
+        console.emit(_summary(result))
+    for failure in result.failures[:_SHOWN]:
+        console.note(f"{failure.where!r}: {failure.what}" + (f" ({failure.count} places)" if failure.count > 1 else ""))
+    if not result.ok:
+        from tsenor_cli.errors import CheckFailed
+
+        raise CheckFailed(f"{directory} is not {result.pattern} {result.kind}: {len(result.failures)} checks failed")
+
+
+def _summary(result: Verification) -> str:
+    groups = sum(tensor.groups for tensor in result.tensors)
+    exact = "exactly" if all(tensor.exact for tensor in result.tensors) else "at most"
+    kept = result.pattern.partition(":")[0]
+    text = f"{result.directory}: {len(result.tensors)} tensors are {result.pattern} {result.kind}"
+    text += f", {exact} {kept} nonzeros in each of {groups:,} groups"
+    return text + (f"; the rest is identical to {result.against}" if result.against else "")
