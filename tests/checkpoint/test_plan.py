@@ -6,8 +6,10 @@ from pathlib import Path
 
 import pytest
 import torch
+import transformers
 from checkpoints import make_checkpoint, write_checkpoint
 
+from tsenor_cli.checkpoint import layers
 from tsenor_cli.checkpoint.layouts import LAYOUTS, from_matrices, matrix_size, to_matrices
 from tsenor_cli.checkpoint.plan import BAND_BYTES, TensorPlan, enforce, make_plan, matches
 from tsenor_cli.checkpoint.reader import DiskTensor, open_checkpoint
@@ -90,6 +92,27 @@ def test_tiles_never_straddle_gate_and_up(tmp_path):
     assert name in names(plan(directory, "4:8"))
     assert name in names(plan(directory, "8:16", transposable=False))
     assert "joined outputs [24, 24]" in reasons(plan(directory, "8:16"))[name]
+
+
+def test_experts_that_are_not_understood_count_against_the_coverage(tmp_path, monkeypatch):
+    """Skipping experts silently is how other tools leave nine tenths of a model dense and report success."""
+    directory = make_checkpoint("llama4", tmp_path / "llama4")
+    assert plan(directory).coverage == 1.0
+    monkeypatch.setattr(layers, "_transposed_by_size", lambda _: None)
+    result = plan(directory)
+    skipped = [item.tensor for item in result.tensors if item.reason == "experts of unknown layout"]
+    assert [tensor.shape for tensor in skipped] == [(4, 32, 64), (4, 64, 64)]
+    missing = sum(tensor.parameters for tensor in skipped)
+    assert result.coverage == pytest.approx(1 - missing / result.prunable_parameters)
+
+
+def test_experts_with_named_sizes_are_understood(tmp_path):
+    """GraniteMoe and JetMoe keep [E, out, in] without transformers' decorator; here both matrices are square."""
+    sizes = {"vocab_size": 96, "hidden_size": 32, "intermediate_size": 16, "num_hidden_layers": 1}
+    config = transformers.GraniteMoeConfig(**sizes, num_attention_heads=2, num_key_value_heads=2, num_local_experts=4)
+    transformers.GraniteMoeForCausalLM(config).save_pretrained(tmp_path / "granite")
+    name = "model.layers.0.block_sparse_moe.input_linear.weight"
+    assert plan(tmp_path / "granite").by_name[name].layout == "experts_out_in"
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)

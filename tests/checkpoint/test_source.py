@@ -32,6 +32,7 @@ def hub_cache(pristine_llama, tmp_path):
     return tmp_path / "hub"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("offline", ["HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE"])
 def test_a_hub_id_is_taken_from_the_cache_when_offline(hub_cache, tmp_path, offline):
     """A real process, because huggingface_hub reads its environment when it is imported."""

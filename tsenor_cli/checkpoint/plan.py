@@ -5,12 +5,15 @@ from __future__ import annotations
 import fnmatch
 import re
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
-from tsenor_cli.checkpoint.layers import Role, read_roles
 from tsenor_cli.checkpoint.layouts import Layout, band_step, matrix_size
 from tsenor_cli.checkpoint.reader import PRUNABLE_DTYPES, Checkpoint, DiskTensor
 from tsenor_cli.errors import CheckFailed, InputRefused, UsageError
 from tsenor_cli.specs import NMPattern, PruneSpec
+
+if TYPE_CHECKING:
+    from tsenor_cli.checkpoint.layers import Role
 
 BAND_BYTES = 32 * 2**20
 # Peak memory of a band beside its own bytes, per element: float32 scores, mask, and the kernels' scratch.
@@ -74,6 +77,8 @@ class Plan:
 
 def make_plan(checkpoint: Checkpoint, spec: PruneSpec) -> Plan:
     """Decide for every tensor; nothing is enforced yet (see `enforce`)."""
+    from tsenor_cli.checkpoint.layers import read_roles  # transformers takes seconds; verify can do without
+
     roles = read_roles(checkpoint)
     tensors = tuple(
         _plan_tensor(tensor, roles[tensor.name], spec) for shard in checkpoint.shards for tensor in shard.tensors
