@@ -13,6 +13,8 @@ if TYPE_CHECKING:
     from tsenor_cli.pipeline import plan_prune, prune, verify
     from tsenor_cli.specs import NMPattern, PruneSpec
 
+__version__ = "0.1.0"
+
 __all__ = ["NMPattern", "PruneSpec", "plan_prune", "prune", "solve_mask", "verify"]
 
 _HOMES = {

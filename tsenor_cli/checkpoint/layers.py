@@ -38,7 +38,8 @@ class Role:
     """What one tensor on disk is: a weight whose `layout` is known, or left alone for `reason`.
 
     `prunable` is set for every weight of a linear map in the body of the model, also where its layout is not
-    understood: such a weight is skipped, but counts against the coverage. `out_pieces` are the sizes into which loading cuts the output axis; a tile must not straddle them.
+    understood: such a weight is skipped, but counts against the coverage.
+    `out_pieces` are the sizes into which loading cuts the output axis; a tile must not straddle them.
     """
 
     reason: str | None = None
@@ -78,12 +79,13 @@ def _meta_model(checkpoint: Checkpoint) -> PreTrainedModel:
 
 def _build(config: PretrainedConfig) -> PreTrainedModel:
     names = getattr(config, "architectures", None) or []
+    model: PreTrainedModel
     if not names:
-        return AutoModel.from_config(config)
-    model_class = getattr(transformers, names[0], None)
-    if model_class is None:
+        model = AutoModel.from_config(config)  # type: ignore[no-untyped-call]
+    elif hasattr(transformers, names[0]):
+        model = getattr(transformers, names[0])._from_config(config)  # noqa: SLF001  (what from_pretrained calls)
+    else:
         raise InputRefused(f"transformers {transformers.__version__} has no {names[0]}", "upgrade transformers")
-    model: PreTrainedModel = model_class._from_config(config)  # noqa: SLF001  (what from_pretrained calls)
     return model
 
 
@@ -144,7 +146,11 @@ class _Roles:
             layout: Layout = "out_in" if isinstance(owner, nn.Linear) else "in_out"
             return Role(layout=layout, out_pieces=(shape[0 if layout == "out_in" else 1],))
         if parameter == "weight" and isinstance(owner, nn.Conv2d):
-            return Role(layout="conv2d", out_pieces=(shape[0],)) if owner.groups == 1 else Role("grouped convolution")
+            return (
+                Role(layout="conv2d", out_pieces=(shape[0],))
+                if owner.groups == 1
+                else Role("grouped convolution", prunable=False)
+            )
         if "bias" not in parameter and _is_experts(owner):
             return _fused_experts_role(owner, parameter, shape)
         return Role("not a linear layer", prunable=False)
@@ -153,14 +159,14 @@ class _Roles:
         self, owner: nn.Module, parameter: str, tensor: DiskTensor, key: str, converter: WeightConverter
     ) -> Role:
         """The role of a tensor that loading stacks, joins, cuts or turns before it becomes a parameter."""
-        operations = [type(operation).__name__ for operation in converter.operations]
-        turned = self._turned(operations, converter, tensor, key)
-        if not set(operations) <= _ROW_KEEPING | _ROW_MOVING | {"Transpose"} or turned is None:
-            return Role(f"loaded through {'+'.join(operations)}, which is not supported")
         loaded = tuple(self.state[key].shape)
         in_memory = self._plain_role(owner, parameter, loaded, loaded)
         if in_memory.layout is None:
             return in_memory
+        operations = [type(operation).__name__ for operation in converter.operations]
+        turned = self._turned(operations, converter, tensor, key)
+        if not set(operations) <= _ROW_KEEPING | _ROW_MOVING | {"Transpose"} or turned is None:
+            return Role(f"loaded through {'+'.join(operations)}, which is not supported")
         input_last = in_memory.layout.endswith("out_in") != turned
         layout: Layout = "out_in" if input_last else "in_out"
         if len(tensor.shape) == 3:

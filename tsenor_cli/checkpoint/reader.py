@@ -142,6 +142,13 @@ def open_checkpoint(directory: Path, revision: str | None = None) -> Checkpoint:
     Raises:
         InputRefused: anything missing, damaged, quantised, or pointing outside the directory.
     """
+    try:
+        return _open_checkpoint(directory, revision)
+    except OSError as error:
+        raise InputRefused(f"{error.filename or directory}: {error.strerror or error}", "make it readable") from error
+
+
+def _open_checkpoint(directory: Path, revision: str | None) -> Checkpoint:
     config_path = directory / "config.json"
     if not config_path.is_file():
         raise InputRefused(f"{directory} has no config.json", "give the directory of a transformers checkpoint")

@@ -11,12 +11,12 @@ import os
 import signal
 import sys
 from collections.abc import Iterator, Sequence
-from importlib.metadata import version
 from types import FrameType
 from typing import NoReturn
 
 import click
 
+from tsenor_cli import __version__
 from tsenor_cli.cli.inspect import inspect
 from tsenor_cli.cli.prune import prune
 from tsenor_cli.cli.verify import verify
@@ -30,7 +30,7 @@ class _StoppedError(BaseException):
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
-@click.version_option(version("tsenor"), prog_name="tsenor")
+@click.version_option(__version__, prog_name="tsenor")
 def cli() -> None:
     r"""Make Hugging Face checkpoints N:M sparse, with provably optimal masks.
 
@@ -63,6 +63,8 @@ def run(arguments: Sequence[str]) -> int:
         # The reader of stdout has gone: nothing more can be said there. Keep the interpreter's last flush quiet.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
+    except OSError as error:
+        return _fail(f"{error.filename or 'input or output'}: {error.strerror or error}", 1)
 
 
 def _fail(message: str, code: int) -> int:

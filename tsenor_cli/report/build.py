@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from tsenor_cli import __version__
 from tsenor_cli.checkpoint.plan import Plan, TensorPlan
 from tsenor_cli.pruners.base import PrunedLayer
 from tsenor_cli.report.records import Report, Summary, TensorRecord
@@ -79,7 +80,7 @@ def build_report(spec: PruneSpec, plan: Plan, records: list[TensorRecord], citat
     """Gather the whole report of a finished run."""
     checkpoint = plan.checkpoint
     return Report(
-        tsenor_version=version("tsenor"),
+        tsenor_version=__version__,
         versions={"python": platform.python_version(), **{name: version(name) for name in _PACKAGES}},
         model={
             "source": spec.model,

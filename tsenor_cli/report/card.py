@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
+from typing import cast
 
 from huggingface_hub import ModelCard, ModelCardData
 
@@ -65,4 +66,4 @@ def _original_card(path: Path) -> tuple[ModelCardData, str]:
         card = ModelCard(text, ignore_metadata_errors=True)
     except Exception:  # noqa: BLE001  (any YAML at all may stand there)
         return ModelCardData(), re.sub(r"\A---.*?\n---\n", "", text, flags=re.DOTALL)
-    return card.data, card.text.strip()
+    return cast("ModelCardData", card.data), card.text.strip()
