@@ -61,9 +61,8 @@ def check(checkpoint: str, text: str, tensors: int | None, pool: multiprocessing
         blocks += len(weights)
     seconds = time.perf_counter() - started
     good = worst <= TOLERANCE and above <= 1e-9
-    print(
-        f"{text:>6}: {blocks:8,} blocks, worst shortfall {worst:.1e}, {'optimal' if good else 'NOT OPTIMAL'}, {seconds:.0f} s"
-    )
+    verdict = "optimal" if good else "NOT OPTIMAL"
+    print(f"{text:>6}: {blocks:9,} blocks, worst shortfall {worst:.1e}, {verdict}, {seconds:.0f} s", flush=True)
     return good
 
 

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import time
 from functools import partial
@@ -121,7 +122,7 @@ def _write_tensor(
 def _prune_band(item: TensorPlan, band: torch.Tensor, pruner: Pruner, pattern: NMPattern, tally: Tally) -> torch.Tensor:
     """One band in the tensor's own layout and dtype, pruned."""
     assert item.layout is not None
-    if not torch.isfinite(band).all():
+    if not all(map(math.isfinite, torch.stack(torch.aminmax(band)).tolist())):  # NaN travels through min and max
         raise InputRefused(
             f"{item.tensor.name} has NaN or infinite weights", "the checkpoint is damaged: fetch it again"
         )

@@ -38,7 +38,7 @@ class Tally:
         solution = layer.solution
         self.zeros += layer.weight.numel() - int(torch.count_nonzero(layer.weight))
         self.energy += energy(weight)
-        self.kept_energy += energy(torch.where(solution.mask, weight, 0.0))
+        self.kept_energy += energy(layer.weight)
         self.objective += solution.objective
         self.upper_bound += solution.upper_bound
         self.worst_block_gap = max(self.worst_block_gap, solution.worst_block_gap)
@@ -67,13 +67,8 @@ def kept_record(item: TensorPlan) -> TensorRecord:
 
 
 def energy(weight: torch.Tensor) -> float:
-    """Σ w², to about 1e-6: rows in float32 scaled by a power of two against overflow, their sums in float64."""
-    peak = float(weight.abs().max())
-    if peak == 0.0:
-        return 0.0
-    scale = 2.0 ** (math.frexp(peak)[1] - 1)
-    rows = (weight.reshape(-1, weight.shape[-1]) / scale).float()
-    return float(torch.linalg.vecdot(rows, rows).double().sum()) * scale * scale
+    """Σ w², in float64: nothing overflows, and no float64 copy of the weight is made."""
+    return float(torch.linalg.vector_norm(weight, dim=-1, dtype=torch.float64).square().sum())
 
 
 def build_report(spec: PruneSpec, plan: Plan, records: list[TensorRecord], citation: str, seconds: float) -> Report:

@@ -24,7 +24,7 @@ class TensorRecord:
     layout: str | None = None  # how its matrices lie on disk, if that is understood
     zeros: int | None = None
     energy: float | None = None  # Σ w² of the input
-    kept_energy: float | None = None  # Σ w² over the kept weights / energy
+    kept_energy: float | None = None  # Σ w² of the output / energy
     objective: float | None = None  # Σ of the kept scores
     upper_bound: float | None = None  # no mask of this pattern can have a larger objective
     gap: float | None = None  # (upper_bound - objective) / upper_bound
