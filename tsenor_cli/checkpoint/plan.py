@@ -15,7 +15,7 @@ from tsenor_cli.specs import NMPattern, PruneSpec
 if TYPE_CHECKING:
     from tsenor_cli.checkpoint.layers import Role
 
-BAND_BYTES = 32 * 2**20
+BAND_BYTES = 4 * 2**20
 # Peak memory of a band beside its own bytes, per element: float32 scores, mask, and the kernels' scratch.
 _BYTES_PER_ELEMENT, _FIXED_BYTES = 16, 64 * 2**20
 
