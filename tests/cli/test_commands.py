@@ -176,11 +176,15 @@ def quantised(llama):
     (llama / "config.json").write_text(json.dumps(config))
 
 
-def nan_weight(llama):
+def nan_weight(llama, value=torch.nan):
     for file, tensors in read_shards(llama).items():
         if "model.layers.1.mlp.up_proj.weight" in tensors:
-            tensors["model.layers.1.mlp.up_proj.weight"][50, 3] = torch.nan
+            tensors["model.layers.1.mlp.up_proj.weight"][50, 3] = value
             save_file(tensors, llama / file, metadata={"format": "pt"})
+
+
+def infinite_weight(llama):
+    nan_weight(llama, -torch.inf)
 
 
 def no_config(llama):
@@ -201,6 +205,7 @@ def config_is_no_json(llama):
         (outside_path, "../outside.safetensors"),
         (quantised, "quantization_config"),
         (nan_weight, "model.layers.1.mlp.up_proj.weight"),
+        (infinite_weight, "model.layers.1.mlp.up_proj.weight"),
         (no_config, "config.json"),
         (config_is_no_json, "JSON"),
     ],
