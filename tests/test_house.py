@@ -18,10 +18,10 @@ MAY_IMPORT = {
     "cli": {"pipeline", "checkpoint", "pruners", "report"},
     "pipeline": {"checkpoint", "pruners", "masks", "report"},
     "checkpoint": set(),
-    "pruners": {"masks"},  # for the type of a solution only
+    "pruners": {"masks"},
     "masks": {"kernels"},
     "kernels": set(),
-    "report": {"checkpoint", "pruners"},
+    "report": {"checkpoint", "pruners", "masks"},
     "specs": {"errors"},
     "errors": set(),
     "observer": {"checkpoint"},  # for the type of a plan only

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 
+from tsenor_cli.masks.apply import apply_mask
 from tsenor_cli.pruners.base import PrunedLayer, SolveMask
 
 
@@ -17,6 +18,4 @@ class Magnitude:
     def prune(self, weight: torch.Tensor, solve_mask: SolveMask) -> PrunedLayer:
         """See Pruner.prune."""
         solution = solve_mask(weight.abs())
-        # where, not a product: w * 0 would leave -0.0, which some sparse kernels cannot read.
-        # Adding zero turns a kept -0.0 into +0.0 and changes no other value.
-        return PrunedLayer(torch.where(solution.mask, weight, 0.0).add_(0.0), solution)
+        return PrunedLayer(apply_mask(weight, solution.mask), solution)

@@ -14,6 +14,7 @@ import torch
 
 from tsenor_cli import __version__
 from tsenor_cli.checkpoint.plan import Plan, TensorPlan
+from tsenor_cli.masks.apply import count_zeros
 from tsenor_cli.pruners.base import PrunedLayer
 from tsenor_cli.report.records import Report, Summary, TensorRecord
 from tsenor_cli.specs import PruneSpec
@@ -36,7 +37,7 @@ class Tally:
 
     def add(self, weight: torch.Tensor, layer: PrunedLayer) -> None:
         solution = layer.solution
-        self.zeros += layer.weight.numel() - int(torch.count_nonzero(layer.weight))
+        self.zeros += count_zeros(layer.weight)
         self.energy += energy(weight)
         self.kept_energy += energy(layer.weight)
         self.objective += solution.objective
