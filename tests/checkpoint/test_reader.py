@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import random
 
@@ -9,6 +10,7 @@ import pytest
 import torch
 from checkpoints import INDEX, write_checkpoint
 
+from tsenor_cli.checkpoint import reader
 from tsenor_cli.checkpoint.reader import open_checkpoint, read_shard
 from tsenor_cli.errors import InputRefused
 
@@ -43,6 +45,20 @@ def test_headers_read_as_safetensors_reads_them(llama):
 def test_bands_read_the_rows_they_name(llama):
     tensor = open_checkpoint(llama).tensors["model.layers.0.mlp.gate_proj.weight"]
     assert torch.equal(torch.cat([tensor.read(0, 16), tensor.read(16, 80), tensor.read(80)]), tensor.read())
+
+
+def test_a_read_that_returns_less_than_asked_is_continued():
+    """The operating system may return fewer bytes at a time, and nothing when the file became shorter."""
+
+    class Slow(io.BytesIO):
+        def readinto(self, buffer):
+            return super().readinto(buffer[:3])
+
+    buffer = bytearray(10)
+    reader._fill(Slow(b"0123456789"), memoryview(buffer), "x")
+    assert buffer == b"0123456789"
+    with pytest.raises(InputRefused, match="shorter"):
+        reader._fill(Slow(b"012345678"), memoryview(buffer), "x")
 
 
 @pytest.mark.parametrize(

@@ -53,6 +53,18 @@ def test_an_id_that_is_not_cached_is_refused_when_offline(monkeypatch):
         resolve_checkpoint("org/nowhere")
 
 
+@pytest.mark.parametrize("name", ["HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE"])
+def test_offline_means_that_the_network_is_not_even_tried(monkeypatch, tmp_path, name):
+    asked = {}
+    monkeypatch.setattr("huggingface_hub.snapshot_download", lambda *_, **options: asked.update(options) or tmp_path)
+    resolve_checkpoint("org/model")
+    assert asked["local_files_only"] is False
+    monkeypatch.setenv(name, "1")
+    resolve_checkpoint("org/model@v1")
+    assert asked["local_files_only"] is True
+    assert asked["revision"] == "v1"
+
+
 @pytest.mark.parametrize("model", ["nowhere", "./a/b", "/no/such/place", "a/b/c", "../x", ""])
 def test_what_is_no_directory_and_no_hub_id_is_refused(model):
     with pytest.raises(InputRefused, match="no such directory"):

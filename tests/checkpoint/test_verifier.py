@@ -96,6 +96,12 @@ def test_the_place_is_that_of_the_first_failure(sparse):
     assert "first at [70, 33]" in failures(sparse)[NAME]
 
 
+def test_the_place_is_counted_over_the_whole_tensor(sparse, monkeypatch):
+    monkeypatch.setattr("tsenor_cli.checkpoint.plan.BAND_BYTES", 4096)  # 32 rows
+    edit(sparse, NAME, lambda w: w.__setitem__((70, 33), torch.nan))
+    assert "first at [70, 33]" in failures(sparse)[NAME]
+
+
 def test_a_kept_weight_that_changed(sparse, pristine_llama):
     edit(sparse, NAME, lambda w: w.__setitem__(first(w != 0), 7.0))
     assert verify(str(sparse)).ok

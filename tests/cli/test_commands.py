@@ -15,6 +15,8 @@ import torch
 from checkpoints import INDEX, read_shards
 from safetensors.torch import save_file
 
+from tsenor_cli import pipeline
+
 TSENOR = [sys.executable, "-m", "tsenor_cli"]
 
 
@@ -57,6 +59,13 @@ def test_json_is_one_object(tsenor, llama, tmp_path):
     assert result.pop("output") == "x"
     assert result == json.loads((tmp_path / "work" / "x" / "tsenor-report.json").read_text())
     assert json.loads(tsenor("verify", "x", "--json").out)["ok"] is True
+
+
+def test_what_a_library_prints_does_not_reach_stdout(tsenor, llama, monkeypatch):
+    real = pipeline.make_plan
+    monkeypatch.setattr(pipeline, "make_plan", lambda *arguments: sys.stdout.write("noise\n") and real(*arguments))
+    outcome = tsenor("prune", llama, "--nm", "2:4", "-q", "-o", "x")
+    assert (outcome.out, outcome.err) == ("x\n", "noise\n")
 
 
 def test_dry_run_shows_the_plan_and_writes_nothing(tsenor, llama, tmp_path):

@@ -165,7 +165,8 @@ class _Roles:
             return in_memory
         operations = [type(operation).__name__ for operation in converter.operations]
         turned = self._turned(operations, converter, tensor, key)
-        if not set(operations) <= _ROW_KEEPING | _ROW_MOVING | {"Transpose"} or turned is None:
+        known = set(operations) <= _ROW_KEEPING | _ROW_MOVING | {"Transpose"} and _moves_rows_only(converter, tensor)
+        if not known or turned is None or in_memory.layout == "conv2d":
             return Role(f"loaded through {'+'.join(operations)}, which is not supported")
         input_last = in_memory.layout.endswith("out_in") != turned
         layout: Layout = "out_in" if input_last else "in_out"
@@ -199,6 +200,12 @@ class _Roles:
             return None
         sizes = tuple(self.state[name].shape[0] for name in keys)
         return sizes if sum(sizes) == out else None
+
+
+def _moves_rows_only(converter: WeightConverter, tensor: DiskTensor) -> bool:
+    """Whether what a conversion reorders is the output axis of [.., out, in], never the input axis."""
+    moving = [operation for operation in converter.operations if type(operation).__name__ in _ROW_MOVING]
+    return all(getattr(operation, "dim", 0) == len(tensor.shape) - 2 for operation in moving)
 
 
 def _fused_experts_role(owner: nn.Module, parameter: str, shape: tuple[int, ...]) -> Role:

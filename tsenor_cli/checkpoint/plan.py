@@ -16,8 +16,9 @@ if TYPE_CHECKING:
     from tsenor_cli.checkpoint.layers import Role
 
 BAND_BYTES = 4 * 2**20
-# Peak memory of a band beside its own bytes, per element: float32 scores, mask, and the kernels' scratch.
-_BYTES_PER_ELEMENT, _FIXED_BYTES = 16, 64 * 2**20
+# Expected peak above the imports, docs/measured.md: float32 scores, mask and results of a band, per element; and what
+# is there once: the kernels' code, the meta model, buffers.
+_BYTES_PER_ELEMENT, _FIXED_BYTES = 16, 192 * 2**20
 
 
 @dataclass(frozen=True)

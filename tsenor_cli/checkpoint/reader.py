@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 SINGLE_FILE, INDEX_FILE = "model.safetensors", "model.safetensors.index.json"
 MAX_HEADER_BYTES = 100_000_000  # safetensors' own limit
-COPY_BYTES = 16 * 2**20
+COPY_BYTES = 4 * 2**20
 
 # Bits per element. Only the first four can be pruned; the rest are copied, or mark a quantised checkpoint.
 DTYPE_BITS = {
@@ -72,7 +72,7 @@ class DiskTensor:
             _fill(file, raw.numpy().data, self.path)
         return raw.view(getattr(torch, _TORCH_NAMES[self.dtype])).view(shape)
 
-    def chunks(self) -> Iterator[bytes]:
+    def chunks(self) -> Iterator[bytearray]:
         """The raw bytes, a few MiB at a time."""
         with self.path.open("rb", buffering=0) as file:
             file.seek(self.start)
@@ -81,7 +81,7 @@ class DiskTensor:
                 buffer = bytearray(min(left, COPY_BYTES))
                 _fill(file, memoryview(buffer), self.path)
                 left -= len(buffer)
-                yield bytes(buffer)
+                yield buffer
 
 
 @dataclass(frozen=True)

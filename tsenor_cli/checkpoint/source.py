@@ -24,6 +24,7 @@ OTHER_WEIGHT_FORMATS = (
     "original/*",
     "onnx/*",
 )
+_OFFLINE = ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE")
 _HUB_ID = re.compile(r"(?P<repo>[\w.-]+/[\w.-]+)(@(?P<revision>[\w./-]+))?")
 
 
@@ -53,11 +54,9 @@ def _download(repo: str, revision: str | None) -> Path:
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
     from huggingface_hub.utils.tqdm import disable_progress_bars
 
-    if os.environ.get("TRANSFORMERS_OFFLINE", "").upper() in {"1", "TRUE", "YES", "ON"}:
-        os.environ.setdefault("HF_HUB_OFFLINE", "1")
     if not os.isatty(2):
         disable_progress_bars()
-    offline = os.environ.get("HF_HUB_OFFLINE", "").upper() in {"1", "TRUE", "YES", "ON"}
+    offline = any(os.environ.get(name, "").upper() in {"1", "TRUE", "YES", "ON"} for name in _OFFLINE)
     try:
         found = snapshot_download(
             repo, revision=revision, ignore_patterns=list(OTHER_WEIGHT_FORMATS), local_files_only=offline
