@@ -8,6 +8,7 @@ import resource
 import sys
 from dataclasses import dataclass
 from importlib.metadata import version
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -127,8 +128,13 @@ def _summarise(plan: Plan, records: list[TensorRecord], seconds: float) -> Summa
 
 def peak_memory_bytes() -> int:
     """The largest resident size of this process so far."""
+    status = Path("/proc/self/status")
+    if status.is_file():  # getrusage would count what the parent held before exec, too
+        return next(
+            int(line.split()[1]) * 1024 for line in status.read_text().splitlines() if line.startswith("VmHWM:")
+        )
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024  # Linux counts KiB, macOS bytes
+    return peak if sys.platform == "darwin" else peak * 1024  # macOS counts bytes, others KiB
 
 
 def _facts(item: TensorPlan) -> dict[str, Any]:
