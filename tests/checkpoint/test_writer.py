@@ -7,6 +7,7 @@ import json
 import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 from checkpoints import read_shards
@@ -50,6 +51,22 @@ def test_the_old_output_is_replaced_whole(tmp_path):
     with staged_output(output) as staging:
         (staging / "new").write_text("1")
     assert files(output) == ["new"]
+
+
+def test_a_signal_between_the_two_renames_puts_the_old_output_back(tmp_path, monkeypatch):
+    output, rename = tmp_path / "out", Path.rename
+    output.mkdir()
+    (output / "old").write_text("0")
+
+    def interrupted(path, target):
+        if path.name.endswith("-partial"):
+            raise KeyboardInterrupt
+        return rename(path, target)
+
+    monkeypatch.setattr(Path, "rename", interrupted)
+    with pytest.raises(KeyboardInterrupt), staged_output(output) as staging:
+        (staging / "new").write_text("1")
+    assert files(tmp_path / "out") == ["old"]
 
 
 def test_a_swap_that_stopped_half_way_is_undone_at_the_next_start(tmp_path):
@@ -123,35 +140,38 @@ def test_format_pt_is_always_written_and_nothing_else_changes(llama, tmp_path):
     assert json.loads(written[8 : 8 + header_length])["__metadata__"] == {"note": "no format ☃", "format": "pt"}
 
 
-@pytest.mark.slow
-def test_the_real_thing_on_a_full_disk(llama, tmp_path):
-    """A file system that is really full: one line, exit 1, nothing left. Needs the right to mount (CI has it)."""
-    mount = tmp_path / "small"
-    mount.mkdir()
-    script = (
-        f"mount -t tmpfs -o size=120k tmpfs {mount} && {sys.executable} -c "
-        '"import tsenor_cli.pipeline as p;'
-        "p.check_space = lambda *_: None; from tsenor_cli.cli import run; import sys;"
-        f"sys.exit(run(['prune', '{llama}', '--nm', '2:4', '-o', '{mount}/out']))\"; code=$?; ls -A {mount}; exit $code"
-    )
+@pytest.fixture
+def in_a_mount(tmp_path):
+    """Run a shell script with `options` for a tmpfs at $MOUNT, in namespaces of its own: real, and gone afterwards."""
     if subprocess.run(["unshare", "-rm", "true"], capture_output=True, check=False).returncode:
-        pytest.skip("this machine does not let us mount a small file system")
-    done = subprocess.run(["unshare", "-rm", "sh", "-c", script], capture_output=True, text=True, check=False)
+        pytest.skip("mounting needs user namespaces, which this machine does not allow")
+    mount = tmp_path / "mount"
+    mount.mkdir()
+
+    def run(options, script):
+        script = f"MOUNT={mount}; mount -t tmpfs -o {options} tmpfs $MOUNT && {script}"
+        return subprocess.run(["unshare", "-rm", "sh", "-c", script], capture_output=True, text=True, check=False)
+
+    return run
+
+
+@pytest.mark.slow
+def test_a_disk_that_is_really_full(llama, in_a_mount):
+    """Past the check beforehand, which another process can always overtake."""
+    code = (
+        "import sys, tsenor_cli.pipeline as p; p.check_space = lambda *_: None;"
+        "from tsenor_cli.cli import run; sys.exit(run(sys.argv[1:]))"
+    )
+    prune = f"{sys.executable} -c '{code}' prune {llama} --nm 2:4 -o $MOUNT/out"
+    done = in_a_mount("size=120k", f"{prune}; code=$?; ls -A $MOUNT; exit $code")
     assert (done.returncode, done.stdout) == (1, ""), done.stderr
     assert "No space left on device" in done.stderr
     assert done.stderr.count("\n") == 1
 
 
 @pytest.mark.slow
-def test_the_real_thing_on_a_read_only_disk(llama, tmp_path):
-    mount = tmp_path / "fixed"
-    mount.mkdir()
-    command = (
-        f"mount -t tmpfs -o ro tmpfs {mount} && {sys.executable} -m tsenor_cli prune {llama} --nm 2:4 -o {mount}/out"
-    )
-    if subprocess.run(["unshare", "-rm", "true"], capture_output=True, check=False).returncode:
-        pytest.skip("this machine does not let us mount a read-only file system")
-    done = subprocess.run(["unshare", "-rm", "sh", "-c", command], capture_output=True, text=True, check=False)
+def test_a_disk_that_is_really_read_only(llama, in_a_mount):
+    done = in_a_mount("ro", f"{sys.executable} -m tsenor_cli prune {llama} --nm 2:4 -o $MOUNT/out")
     assert (done.returncode, done.stdout) == (1, ""), done.stderr
     assert "Read-only file system" in done.stderr
     assert done.stderr.count("\n") == 1

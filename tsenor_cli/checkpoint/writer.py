@@ -134,8 +134,8 @@ def _swap_in(staging: Path, output: Path) -> None:
         output.rename(old)
     try:
         staging.rename(output)
-    except OSError:
-        if old.exists():
+    except BaseException:  # a signal between the two renames included
+        if old.exists() and not output.exists():
             old.rename(output)
         raise
     _sync_directory(output.parent)
