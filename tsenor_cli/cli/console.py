@@ -95,20 +95,19 @@ class ProgressBar(Observer):
 
 
 def count(number: int) -> str:
-    """1234567 → 1.2M."""
-    value = float(number)
-    for unit in ("", "K", "M", "G"):
-        if value < 1000:
-            return f"{value:.4g}{unit}"
-        value /= 1000
-    return f"{value:.4g}T"
+    """1234567 → 1.235M."""
+    return _scaled(number, 1000, ("", "K", "M", "G", "T"))
 
 
 def size(nbytes: int) -> str:
     """Bytes for people, in powers of 1024."""
-    value = float(nbytes)
-    for unit in ("B", "KiB", "MiB", "GiB"):
-        if value < 1024:
-            return f"{value:.4g} {unit}"
-        value /= 1024
-    return f"{value:.4g} TiB"
+    return _scaled(nbytes, 1024, (" B", " KiB", " MiB", " GiB", " TiB"))
+
+
+def _scaled(value: float, step: int, units: Sequence[str]) -> str:
+    *smaller, largest = units
+    for unit in smaller:
+        if value < step:
+            return f"{value:.4g}{unit}"
+        value /= step
+    return f"{value:.4g}{largest}"
