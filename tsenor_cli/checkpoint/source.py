@@ -67,7 +67,7 @@ def _download(repo: str, revision: str | None) -> Path:
             f"no local directory {repo}, and as a hub id {why}", "check the name and the network"
         ) from error
     except (HfHubHTTPError, HFValidationError, OSError) as error:
-        reason = str(error).strip().splitlines()[0]
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise InputRefused(
             f"the hub has no usable {repo} ({reason})", "check the name, the revision and HF_TOKEN"
         ) from error
