@@ -30,10 +30,10 @@ def stripes_are_right(mask: Mask, n: int, m: int, height: int) -> bool:
     verdicts = np.zeros(stripes, np.bool_)
     census = _compile(words.dtype)
 
-    def chunk(first: int, last: int) -> None:
+    def chunk(first: int, last: int, _: None) -> None:
         census(bytes_, words, n, m // size, height, first, last, verdicts)
 
-    over_chunks(chunk, stripes, max(1, CHUNK_SCORES // (height * mask.shape[1])))
+    over_chunks(chunk, stripes, max(1, CHUNK_SCORES // (height * mask.shape[1])), lambda: None)
     return bool(verdicts.all())
 
 

@@ -1,156 +1,198 @@
-"""What is done to a group of LANES blocks before and after the dual passes.
+"""What is done to LANES blocks at a time: from the matrix into lanes, to integers, what to keep, and back.
 
-A group holds LANES consecutive blocks, counted row by row of tiles, one per lane; it may reach over the end of a row of
-tiles. Entry (i, j) of its blocks is row i * m + j of an array [m * m, LANES].
+Entry (i, j) of the blocks is row i * m + j of an array [m * m, LANES]; places [LANES] says where in the matrix their
+first entries are.
 """
 
 from __future__ import annotations
 
 import numpy as np
-import numpy.typing as npt
 
 from tsenor_cli.kernels.compilation import compiled
-from tsenor_cli.kernels.contract import Mask, Scores, Untyped
-from tsenor_cli.kernels.lanes import LANES, as_count, as_float32, as_float64, bits, load, spread, store, where
+from tsenor_cli.kernels.contract import Pointer, Untyped
+from tsenor_cli.kernels.lanes import (
+    LANES,
+    as_bits,
+    as_count,
+    as_float,
+    as_float64,
+    as_int32,
+    bits,
+    from_bits,
+    from_mask,
+    infinity_bits,
+    larger,
+    largest_of,
+    load,
+    match,
+    offset,
+    smaller,
+    smallest_of,
+    spread,
+    store,
+    where,
+)
+from tsenor_cli.kernels.transpose import put_columns, take_columns
 
-F32 = npt.NDArray[np.float32]
-F64 = npt.NDArray[np.float64]
-Bits = npt.NDArray[np.uint16]  # lane t in bit t
 ALL = (1 << LANES) - 1
+Q_BITS = 28  # scores in the dual passes are integers below 2^28
+UP, DOWN = 0, 2  # rows of `factors`, see quantise
 
 
 @compiled
-def gather(scores: Scores, m: int, block: int, used: int, raw: Scores) -> None:
-    """Bring blocks block .. block+used-1 of scores [rows, cols] into the lanes of raw [m * m, LANES].
+def find_places(block: int, used: int, columns: int, m: int, places: Pointer) -> None:
+    """The places of blocks block .. block+used-1, counted row by row of tiles; the other lanes repeat the last one."""
+    across = columns // m
+    tile_row, tile = block // across, block % across
+    if used == LANES and tile + LANES <= across:  # side by side, as most are: no branch per lane
+        for t in range(LANES):
+            places[t] = (tile_row * columns + tile + t) * m
+        return
+    for t in range(LANES):
+        places[t] = (tile_row * columns + tile) * m
+        if t < used - 1:
+            tile += 1
+            if tile == across:
+                tile_row, tile = tile_row + 1, 0
 
-    The other lanes keep what they hold: finite numbers that nobody will look at.
+
+@compiled
+def gather(scores: Pointer, columns: int, m: int, places: Pointer, ahead: int, raw: Pointer) -> None:
+    """Bring blocks of scores [rows, columns] into the lanes of raw [m * m, LANES]. See take_columns for `ahead`."""
+    for i in range(m):
+        gather_line(offset(scores, i * columns), m, places, ahead, offset(raw, i * m * LANES))
+
+
+@compiled
+def scatter(kept: Pointer, columns: int, m: int, places: Pointer, mask: Pointer) -> None:
+    """Write the lanes of kept [m * m, LANES] to their blocks of mask [rows, columns]: the way back of `gather`."""
+    for i in range(m):
+        scatter_line(offset(kept, i * m * LANES), m, places, offset(mask, i * columns))
+
+
+@compiled
+def gather_line(scores: Pointer, m: int, places: Pointer, ahead: int, raw: Pointer) -> None:
+    """Bring one line of m scores of every block into raw [m, LANES], as many at a time as the width of a shuffle."""
+    if m % 16 == 0:
+        for j in range(0, m, 16):
+            take_columns(offset(scores, j), places, ahead, raw, j, 16)
+    elif m % 8 == 0:
+        for j in range(0, m, 8):
+            take_columns(offset(scores, j), places, ahead, raw, j, 8)
+    elif m % 4 == 0:
+        for j in range(0, m, 4):
+            take_columns(offset(scores, j), places, ahead, raw, j, 4)
+    elif m % 2 == 0:
+        for j in range(0, m, 2):
+            take_columns(offset(scores, j), places, ahead, raw, j, 2)
+    else:
+        for j in range(m):
+            take_columns(offset(scores, j), places, ahead, raw, j, 1)
+
+
+@compiled
+def scatter_line(kept: Pointer, m: int, places: Pointer, mask: Pointer) -> None:
+    """Write one line of kept [m, LANES] back."""
+    if m % 16 == 0:
+        for j in range(0, m, 16):
+            put_columns(kept, j, offset(mask, j), places, 16)
+    elif m % 8 == 0:
+        for j in range(0, m, 8):
+            put_columns(kept, j, offset(mask, j), places, 8)
+    elif m % 4 == 0:
+        for j in range(0, m, 4):
+            put_columns(kept, j, offset(mask, j), places, 4)
+    elif m % 2 == 0:
+        for j in range(0, m, 2):
+            put_columns(kept, j, offset(mask, j), places, 2)
+    else:
+        for j in range(m):
+            put_columns(kept, j, offset(mask, j), places, 1)
+
+
+@compiled
+def quantise(raw: Pointer, absolute: bool, ties: Pointer, m: int, q: Pointer, factors: Pointer) -> bool:
+    """Compute q = floor(|raw| · 2^(Q_BITS - e)) + ties, with the largest score of each block in [2^(e-1), 2^e).
+
+    Returns False if a score is unusable: not finite, or negative unless absolute. factors [4, LANES] gets
+    2^(Q_BITS - e), then 2^e, each as a product of two (one alone might be infinite). The unit of a block of zeros is 0.
     """
-    across = scores.shape[1] // m
-    tile_row, tile, lane = block // across, block % across, 0
-    while lane < used:
-        run = min(used - lane, across - tile)  # blocks that lie side by side
-        for i in range(m):
-            line = scores[tile_row * m + i, tile * m : (tile + run) * m]
-            for k in range(run):
-                for j in range(m):
-                    raw[i * m + j, lane + k] = line[k * m + j]
-        lane, tile_row, tile = lane + run, tile_row + 1, 0
-
-
-@compiled
-def scatter(kept: Bits, m: int, block: int, used: int, mask: Mask) -> None:
-    """Write the lanes of kept [m * m] to their blocks of mask [rows, cols]: the way back of `gather`."""
-    across = mask.shape[1] // m
-    tile_row, tile, lane = block // across, block % across, 0
-    while lane < used:
-        run = min(used - lane, across - tile)
-        for i in range(m):
-            line = mask[tile_row * m + i, tile * m : (tile + run) * m]
-            words = kept[i * m : (i + 1) * m]
-            for k in range(run):
-                for j in range(m):
-                    line[k * m + j] = (words[j] >> np.uint16(lane + k)) & np.uint16(1) != 0
-        lane, tile_row, tile = lane + run, tile_row + 1, 0
-
-
-@compiled
-def normalise(raw: Scores, w: F32, factors: Scores, inverse: F64) -> bool:
-    """Write raw · 2^-e to w, with the largest score of each block in [0.5, 1); return False if a score is unusable.
-
-    Exact where it matters: for float32, what is lost lies 2⁻¹²⁶ below the largest score of its block. The way back is
-    inverse [2, LANES], whose product is 2^e; factors [2, LANES] is scratch.
-    """
-    size = len(raw)
-    zero, infinity = spread(raw.dtype.type(0.0)), spread(raw.dtype.type(np.inf))
-    largest, sound = zero, infinity > zero
-    for k in range(size):
-        x = load(raw, k)
-        sound = sound & (x >= zero) & (infinity > x)
-        largest = where(x > largest, x, largest)
-    if bits(sound) != ALL:
+    size = m * m
+    highest = lowest = as_bits(load(raw, 0), absolute)
+    for k in range(1, size):
+        words = as_bits(load(raw, k), absolute)
+        highest, lowest = larger(highest, words), smaller(lowest, words)
+    if smallest_of(lowest) < 0 or largest_of(highest) >= infinity_bits(load(raw, 0)):
         return False
-    store(inverse, 0, as_float64(largest))
-    split_exponents(inverse)
-    factors[:] = 1.0 / inverse
-    one_half, other_half = load(factors, 0), load(factors, 1)
+    store_factors(as_float64(as_float(from_bits(highest, load(raw, 0)))), factors)
+    like = as_float(load(raw, 0))
+    one_half, other_half = match(load(factors, UP), like), match(load(factors, UP + 1), like)
     for k in range(size):
-        store(w, k, as_float32(load(raw, k) * one_half * other_half))
+        score = as_float(from_bits(as_bits(load(raw, k), absolute), load(raw, k)))
+        store(q, k, as_int32(score * one_half * other_half) + spread(ties[k]))
     return True
 
 
 @compiled
-def split_exponents(inverse: F64) -> None:
-    """Replace the largest scores in inverse[0] by 2^e in two factors: alone, 2^-e of a denormal is no number.
-
-    e is read from the bits of a float64; a denormal float64 reads as 2^-1022, which is near enough. Zero has e = 0.
-    """
-    words = inverse.view(np.int64)
-    for t in range(LANES):
-        e = (words[0, t] >> 52) - 1022 if words[0, t] != 0 else 0
-        half = e // 2
-        words[0, t] = (half + 1023) << 52
-        words[1, t] = (e - half + 1023) << 52
+def store_factors(largest: Untyped, factors: Pointer) -> None:
+    """Write the factors of blocks with these largest scores. A denormal float64 counts as 2^-1022: near enough."""
+    zero, words = spread(0.0), as_bits(largest, False)
+    e = where(largest > zero, (words >> spread(52)) - spread(1022), spread(0))
+    store_power(spread(Q_BITS) - e, factors, UP)
+    store_power(e, factors, DOWN)
+    store(factors, DOWN, where(largest > zero, load(factors, DOWN), zero))
 
 
 @compiled
-def keep(w: F32, u: F32, v: F32, n: int, kept: Bits, certificate: F64, counts: npt.NDArray[np.uint8]) -> int:
-    """Keep w - v > u; return the lanes, as bits, that do not have n in every row and column.
+def store_power(exponent: Untyped, factors: Pointer, row: int) -> None:
+    """Write 2^exponent to factors[row] · factors[row + 1]."""
+    half, bias, place = exponent >> spread(1), spread(1023), spread(52)
+    store(factors, row, from_bits((half + bias) << place, load(factors, row)))
+    store(factors, row + 1, from_bits((exponent - half + bias) << place, load(factors, row)))
 
-    certificate [2, LANES] gets the objective and the excess of each block, which mean what they say only where all
-    counts are right. The same subtraction as in the dual passes, so a row has at most n (docs/mathematics.md).
-    counts [m, LANES] is scratch.
+
+@compiled
+def keep(
+    raw: Pointer,
+    absolute: bool,
+    ties: Pointer,
+    q: Pointer,
+    u: Pointer,
+    v: Pointer,
+    n: int,
+    m: int,
+    used: int,
+    kept: Pointer,
+    objective: Pointer,
+    counts: Pointer,
+) -> int:
+    """Keep what lies above the duals; return the lanes, as bits, where that does not prove an optimum.
+
+    A proof needs n in every row and column, and no score too near to its threshold u_i + v_j. As q is rounded down, a
+    score above it is so by one or more; one below it by less than one might be lifted over it by its tie term.
+    kept [m * m, LANES] gets 0 or 1. The kept scores of the blocks with a proof are added to objective [1, LANES], a
+    running sum. counts [m, LANES] is scratch. Only `used` lanes count.
     """
-    m = len(u)
-    none, wanted, zero = spread(np.uint8(0)), spread(np.uint8(n)), spread(0.0)
+    none, wanted, total, one = spread(np.uint8(0)), spread(np.uint8(n)), spread(0.0), spread(np.int32(1))
     for j in range(m):
         store(counts, j, none)
-    wrong, objective, excess = wanted != wanted, zero, zero  # noqa: PLR0124  (no lane is wrong yet)
+    doubtful = from_mask(0)
     for i in range(m):
-        u_row, along_row = load(u, i), none
-        u_exact = as_float64(u_row)
+        below, along_row = load(u, i) - one, none
         for j in range(m):
-            score, v_column = load(w, i * m + j), load(v, j)
-            above = score - v_column > u_row
-            kept[i * m + j] = bits(above)
+            k = i * m + j
+            beyond = load(q, k) - (below + load(v, j) + spread(ties[k]))  # 1 at the threshold
+            above = beyond > one
+            doubtful = doubtful | ((beyond | one) == one)
             count = as_count(above)
+            store(kept, k, count)
             along_row = along_row + count
             store(counts, j, load(counts, j) + count)
-            exact = as_float64(score)
-            reduced = exact - u_exact - as_float64(v_column)
-            objective = objective + where(above, exact, zero)
-            slack = where(above, zero - reduced, reduced)
-            excess = excess + where(slack > zero, slack, zero)
-        wrong = wrong | (along_row != wanted)
+            exact = as_float64(as_float(from_bits(as_bits(load(raw, k), absolute), load(raw, k))))
+            total = total + where(above, exact, spread(0.0))
+        doubtful = doubtful | (along_row != wanted)
     for j in range(m):
-        wrong = wrong | (load(counts, j) != wanted)
-    store(certificate, 0, objective)
-    store(certificate, 1, excess)
-    return int(bits(wrong))
-
-
-@compiled
-def take_lane(w: F32, u: F32, v: F32, t: int, work: Untyped) -> None:
-    """Copy the block of lane t and its duals to a Workspace of the repair."""
-    m = len(u)
-    for i in range(m):
-        work.u[i], work.v[i] = u[i, t], v[i, t]
-        for j in range(m):
-            work.w[i, j] = work.w_columns[j, i] = w[i * m + j, t]
-
-
-@compiled
-def put_lane(work: Untyped, t: int, kept: Bits, certificate: F64) -> None:
-    """Replace the mask and the certificate of lane t by those of a repaired block."""
-    m = len(work.u)
-    bit, objective, excess = np.uint16(1 << t), 0.0, 0.0
-    for i in range(m):
-        for j in range(m):
-            score = work.w[i, j]
-            slack = score - work.u[i] - work.v[j]
-            if work.kept[i, j]:
-                kept[i * m + j] |= bit
-                objective, slack = objective + score, -slack
-            else:
-                kept[i * m + j] &= ~bit
-            excess += max(slack, 0.0)
-    certificate[0, t], certificate[1, t] = objective, excess
+        doubtful = doubtful | (load(counts, j) != wanted)
+    doubts = int(bits(doubtful)) | -(1 << used)
+    store(objective, 0, load(objective, 0) + where(from_mask(~doubts), total, spread(0.0)))
+    return doubts & ((1 << used) - 1)

@@ -1,8 +1,9 @@
 """Selection networks: which comparisons find the n-th and the (n+1)-th largest of m numbers, for any m.
 
-Source: K. E. Batcher, Sorting networks and their applications (1968), odd-even merge sort, in the form of Knuth,
-The Art of Computer Programming vol. 3, 5.2.2M, which needs no power of two. A sort does more than a selection needs:
-comparisons that cannot reach the two wanted outputs are left out, and of the others often one half is.
+Source: K. E. Batcher, Sorting networks and their applications (1968), odd-even merge sort. A sort does more than a
+selection needs: comparisons that cannot reach the two wanted outputs are left out, and of the others often one half is.
+The comparisons of one half of the places come before those of the other, as far as that is possible: a compiler keeps
+32 values in registers but not 64, and so it has to move each half only once.
 """
 
 from __future__ import annotations
@@ -20,27 +21,38 @@ class Comparator(NamedTuple):
 
 
 def sorting_network(m: int) -> list[Comparator]:
-    """Comparators that sort m numbers in descending order (merge exchange)."""
-    comparators: list[Comparator] = []
-    top = 1 << max(0, (m - 1).bit_length() - 1)
-    p = top
-    while p > 0:
-        q, r, d = top, 0, p
-        while True:
-            comparators += [Comparator(i, i + d) for i in range(m - d) if i & p == r]
-            if q == p:
-                break
-            d, q, r = q - p, q // 2, p
-        p //= 2
-    return comparators
+    """Comparators that sort m numbers in descending order.
+
+    A network for a power of two, without the places from m on: they would hold -∞ and never move.
+    """
+    size = 1 << (m - 1).bit_length()
+    return [comparator for comparator in _sort(0, size) if comparator.low < m]
 
 
 def selection_network(m: int, n: int) -> list[Comparator]:
-    """Comparators after which places n - 1 and n hold the n-th and the (n+1)-th largest of m numbers."""
+    """Comparators after which places n - 1 and n hold the n-th and the (n+1)-th largest of m numbers, in any order."""
     needed = {n - 1, n}
     kept: list[Comparator] = []
     for high, low, *_ in reversed(sorting_network(m)):
+        if not kept and {high, low} == needed:
+            continue  # it would put the two in order
         if high in needed or low in needed:
             kept.append(Comparator(high, low, high in needed, low in needed))
             needed |= {high, low}
     return kept[::-1]
+
+
+def _sort(first: int, size: int) -> list[Comparator]:
+    if size == 1:
+        return []
+    half = size // 2
+    return _sort(first, half) + _sort(first + half, half) + _merge(first, size, 1)
+
+
+def _merge(first: int, size: int, step: int) -> list[Comparator]:
+    """Merge two sorted sequences: the places first + k * step with even k, and those with odd k."""
+    double = 2 * step
+    if double >= size:
+        return [Comparator(first, first + step)]
+    between = [Comparator(k, k + step) for k in range(first + step, first + size - step, double)]
+    return _merge(first, size, double) + _merge(first + step, size, double) + between

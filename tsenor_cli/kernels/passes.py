@@ -1,35 +1,42 @@
-"""The dual passes, compiled once per pattern: the only file that speaks LLVM.
+"""The dual passes, compiled once per pattern.
 
 A selection network is straight-line code on vectors, one lane per block. Written as LLVM vectors it compiles in a
 hundredth of the time that the same lines take through numba's loop vectoriser, keeps the values in registers, and
-gives the same bits on any vector width, because lanes never meet and nothing is reassociated.
+gives the same bits on any vector width. Integers, because most machines compare more of them at a time than floats.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import cache
+from typing import Any
 
 from llvmlite import binding, ir  # type: ignore[import-untyped]
 from numba import types
 
 from tsenor_cli.kernels.compilation import compiled_callback
 from tsenor_cli.kernels.contract import Untyped
-from tsenor_cli.kernels.lanes import LANES, intrinsic
+from tsenor_cli.kernels.lanes import LANES, call_llvm, intrinsic, offset, splat
 from tsenor_cli.kernels.network import selection_network
 
-FLOATS: Untyped = types.CPointer(types.float32)  # type: ignore[no-untyped-call]
+LIMIT = 1 << 29  # duals stay within ± this, so that nothing overflows when they are added to scores
+RAMP = 3  # sixteenths by which a pass goes further than the one before
+_INTS: Untyped = types.CPointer(types.int32)  # type: ignore[no-untyped-call]
 
 
 @cache
 def dual_passes_address(m: int, n: int) -> int:
     """Compile or load the dual passes of one pattern; the address is for `call_dual_passes`.
 
-    The function takes w [m, m, LANES], u [m, LANES], v [m, LANES] (float32) and a number of passes; it reads w and v,
-    and leaves in u and v the duals after that many row passes with column passes between them.
+    The function takes q [m, m, LANES], u [m, LANES], v [m, LANES] (int32), a number of row passes and the largest
+    over-relaxation in sixteenths; it starts from v and leaves in u and v the duals after that many row passes with
+    column passes between them. A pass goes further than to the middle, by RAMP sixteenths of its way more than the
+    pass before (docs/mathematics.md); the first two passes and the last one do not.
     """
     width = _vector_width()
+    lines = m if m <= 8 else 1  # at a time: as long as all that they share stays in registers
 
-    def dual_passes(w: Untyped, u: Untyped, v: Untyped, passes: Untyped) -> None:
+    def dual_passes(q: Untyped, u: Untyped, v: Untyped, passes: Untyped, furthest: Untyped) -> None:
         for half in range(2 * passes - 1):
             # One loop for both directions, so that the network is compiled once.
             along_rows = half % 2 == 0
@@ -37,78 +44,125 @@ def dual_passes_address(m: int, n: int) -> int:
             step = LANES if along_rows else m * LANES
             fixed = v if along_rows else u
             found = u if along_rows else v
-            for k in range(m):
-                for lane in range(0, LANES, width):
-                    _middle(_at(w, k * line + lane), step, _at(fixed, lane), _at(found, k * LANES + lane), m, n, width)
+            beyond = min((half // 2) * RAMP, furthest) if half < 2 * passes - 2 else 0
+            for lane in range(0, LANES, width):
+                for k in range(0, m, lines):
+                    _relax(
+                        offset(q, k * line + lane),
+                        line,
+                        step,
+                        offset(fixed, lane),
+                        offset(found, k * LANES + lane),
+                        beyond,
+                        m,
+                        n,
+                        lines,
+                        width,
+                    )
 
-    return compiled_callback(types.void(FLOATS, FLOATS, FLOATS, types.intp), dual_passes)
+    return compiled_callback(types.void(_INTS, _INTS, _INTS, types.intp, types.intp), dual_passes)
 
 
 @intrinsic
 def call_dual_passes(
-    _typing: Untyped, address: Untyped, w: Untyped, u: Untyped, v: Untyped, passes: Untyped
+    _typing: Untyped, address: Untyped, q: Untyped, u: Untyped, v: Untyped, passes: Untyped, furthest: Untyped
 ) -> Untyped:
-    """Call the function behind an address from compiled code, on contiguous float32 arrays."""
+    """Call the function behind an address from compiled code."""
 
-    def generate(context: Untyped, builder: Untyped, signature: Untyped, args: Untyped) -> Untyped:
-        arrays = [
-            context.make_array(kind)(context, builder, value).data
-            for kind, value in zip(signature.args[1:4], args[1:4], strict=True)
-        ]
-        pointers = [builder.bitcast(data, ir.FloatType().as_pointer()) for data in arrays]
-        of = ir.FunctionType(ir.VoidType(), [pointer.type for pointer in pointers] + [args[4].type])
-        builder.call(builder.inttoptr(args[0], of.as_pointer()), [*pointers, args[4]])
+    def emit(context: Untyped, builder: Untyped, _signature: Untyped, args: Untyped) -> Untyped:
+        of = ir.FunctionType(ir.VoidType(), [arg.type for arg in args[1:]])
+        builder.call(builder.inttoptr(args[0], of.as_pointer()), args[1:])
         return context.get_dummy_value()
 
-    return types.void(address, w, u, v, passes), generate
+    return types.void(address, q, u, v, passes, furthest), emit
 
 
 @intrinsic
-def _at(_typing: Untyped, pointer: Untyped, index: Untyped) -> Untyped:
-    """Return pointer + index."""
-
-    def generate(_context: Untyped, builder: Untyped, _signature: Untyped, args: Untyped) -> Untyped:
-        return builder.gep(args[0], [args[1]])
-
-    return pointer(pointer, index), generate
-
-
-@intrinsic
-def _middle(
-    _typing: Untyped, x: Untyped, step: Untyped, fixed: Untyped, found: Untyped, m: Untyped, n: Untyped, width: Untyped
+def _relax(
+    _typing: Untyped,
+    q: Untyped,
+    line: Untyped,
+    step: Untyped,
+    fixed: Untyped,
+    found: Untyped,
+    beyond: Untyped,
+    m: Untyped,
+    n: Untyped,
+    lines: Untyped,
+    width: Untyped,
 ) -> Untyped:
-    """found[t] = midway between the n-th and (n+1)-th largest of x[k * step + t] - fixed[k * LANES + t] over k < m.
+    """found[i * LANES + t] = middle + (middle - found[i * LANES + t]) * beyond / 16, rounded down, for i < lines.
 
-    `t` runs over `width` lanes; m, n and width are compile-time constants.
+    `middle` is midway between the n-th and (n+1)-th largest of q[i * line + k * step + t] - fixed[k * LANES + t] over
+    k < m. `t` runs over `width` lanes; m, n, lines and width are compile-time constants.
     """
     if not isinstance(m, types.IntegerLiteral):
         return None  # numba asks with the plain types first
     size, kept, lanes = m.literal_value, n.literal_value, width.literal_value
-    vector = ir.VectorType(ir.FloatType(), lanes)
+    vector = ir.VectorType(ir.IntType(32), lanes)
 
-    def generate(context: Untyped, builder: Untyped, _signature: Untyped, args: Untyped) -> Untyped:
-        def place(pointer: Untyped, index: Untyped) -> Untyped:
-            return builder.bitcast(builder.gep(pointer, [index]), vector.as_pointer())
+    def emit(context: Untyped, builder: Untyped, _signature: Untyped, args: Untyped) -> Untyped:
+        q, line, step, fixed, found, beyond = args[:6]
 
-        values, index_type = [], args[1].type
-        for k in range(size):
-            near = place(args[2], ir.Constant(index_type, k * LANES))
-            far = place(args[0], builder.mul(args[1], ir.Constant(index_type, k)))
-            values.append(builder.fsub(builder.load(far, align=4), builder.load(near, align=4)))
-        for high, low, want_high, want_low in selection_network(size, kept):
-            a, b = values[high], values[low]
-            in_order = builder.fcmp_ordered(">", a, b)
-            values[high] = builder.select(in_order, a, b) if want_high else None
-            values[low] = builder.select(in_order, b, a) if want_low else None
-        total = builder.fadd(values[kept - 1], values[kept])
-        half = ir.Constant(vector, [0.5] * lanes)
-        builder.store(builder.fmul(half, total), place(args[3], ir.Constant(index_type, 0)), align=4)
+        def place(start: Untyped, index: Untyped) -> Untyped:
+            return builder.bitcast(builder.gep(start, [index]), vector.as_pointer())
+
+        def times(index: Untyped, factor: int) -> Untyped:
+            return builder.mul(index, index.type(factor))
+
+        @cache
+        def near(k: int) -> Untyped:
+            return builder.load(place(fixed, line.type(k * LANES)), align=4)
+
+        for i in range(lines.literal_value):
+            start = builder.gep(q, [times(line, i)])
+
+            def difference(k: int, start: Untyped = start) -> Untyped:
+                return builder.sub(builder.load(place(start, times(step, k)), align=4), near(k))
+
+            middle = _middle(builder, difference, size, kept)
+            _move(builder, middle, beyond, place(found, line.type(i * LANES)))
         return context.get_dummy_value()
 
-    return types.void(x, step, fixed, found, m, n, width), generate
+    return types.void(q, line, step, fixed, found, beyond, m, n, lines, width), emit
+
+
+def _middle(builder: Untyped, value: Callable[[int], Any], m: int, n: int) -> Untyped:
+    """Emit half the sum of the n-th and the (n+1)-th largest of value(0) .. value(m - 1), rounded down.
+
+    A value is asked for when it is first compared: from there on it costs a register.
+    """
+    values: dict[int, Any] = {}
+
+    def known(k: int) -> Untyped:
+        if k not in values:
+            values[k] = value(k)
+        return values[k]
+
+    for high, low, want_high, want_low in selection_network(m, n):
+        pair = [known(high), known(low)]
+        if want_high:
+            values[high] = call_llvm(builder, "smax", pair[0].type, pair)
+        if want_low:
+            values[low] = call_llvm(builder, "smin", pair[0].type, pair)
+    total = builder.add(known(n - 1), known(n))
+    return builder.ashr(total, ir.Constant(total.type, [1] * total.type.count))
+
+
+def _move(builder: Untyped, middle: Untyped, beyond: Untyped, target: Untyped) -> None:
+    """Emit *target = middle + (middle - *target) * beyond / 16, rounded down."""
+    with builder.if_else(builder.icmp_signed("==", beyond, beyond.type(0))) as (exactly, further):
+        with exactly:
+            builder.store(middle, target, align=4)
+        with further:
+            count = middle.type.count
+            sixteenths = splat(builder, builder.trunc(beyond, ir.IntType(32)), count)
+            way = builder.mul(builder.sub(middle, builder.load(target, align=4)), sixteenths)
+            moved = builder.add(middle, builder.ashr(way, ir.Constant(middle.type, [4] * count)))
+            builder.store(moved, target, align=4)
 
 
 def _vector_width() -> int:
     """Lanes of a register here. Speed only: wider vectors than the machine has would spill."""
     features = binding.get_host_cpu_features()
-    return 16 if features.get("avx512f") else 8 if features.get("avx") else 4
+    return 16 if features.get("avx512f") else 8 if features.get("avx2") else 4

@@ -1,7 +1,6 @@
-"""The solvers as one would explain them, block by block in float64; slow, and short enough to check by eye.
+"""The exact solvers as one would explain them, block by block in integers; slow, and short enough to check by eye.
 
-The names are those of docs/mathematics.md. The fast kernels must agree with these: the same objective always, the same
-mask wherever only one mask is optimal.
+The names are those of docs/mathematics.md. The fast kernels must agree with these: the same mask, always.
 """
 
 from __future__ import annotations
@@ -12,26 +11,29 @@ import numpy as np
 import numpy.typing as npt
 
 from tsenor_cli.kernels.contract import Mask, Scores, Tally, UnusableScoresError
+from tsenor_cli.kernels.ties import SCORE_BITS, tie_table
 
-F64 = npt.NDArray[np.float64]
+I64 = npt.NDArray[np.int64]
 PASSES = 12  # any number is right; more passes leave less to the augmenting paths
 
 
 def solve_transposable(scores: Scores, n: int, m: int, mask: Mask) -> Tally:
-    """Fill `mask` with an optimal transposable n:m mask of `scores`; see contract.py."""
+    """Fill `mask` with the optimal transposable n:m mask of `scores`, float32 or float64; see contract.py."""
     _check(scores)
+    ties = tie_table(n, m)
     objectives, excesses, gaps, repaired = [], [], [0.0], 0
     for row in range(0, scores.shape[0], m):
         for column in range(0, scores.shape[1], m):
             tile = slice(row, row + m), slice(column, column + m)
-            w, exponent = normalised(scores[tile])
-            s, u, v, augmentations = solve_block(w, n)
+            w, exponent = scaled(scores[tile])
+            s, u, v, paths = solve_block(w + ties, n)
             mask[tile] = s
-            kept, excess = w[s].sum(), excess_of(w, s, u, v)
-            objectives.append(math.ldexp(kept, exponent))
-            excesses.append(math.ldexp(excess, exponent))
+            kept = math.fsum(scores[tile][s].astype(np.float64))
+            excess = math.ldexp(excess_of(w, s, u, v), exponent - SCORE_BITS) if scores[tile].any() else 0.0
+            objectives.append(kept)
+            excesses.append(excess)
             gaps.append(excess / (kept + excess) if excess > 0 else 0.0)
-            repaired += augmentations > 0
+            repaired += paths > 0
     return Tally(math.fsum(objectives), math.fsum(excesses), max(gaps), repaired)
 
 
@@ -46,26 +48,30 @@ def solve_standard(scores: Scores, n: int, m: int, mask: Mask) -> Tally:
     return Tally(math.fsum(groups[kept].astype(np.float64)), 0.0, 0.0, 0)
 
 
-def normalised(block: Scores) -> tuple[F64, int]:
-    """Return w and e with block = w · 2^e exactly and max(w) in [0.5, 1); a block of zeros keeps e = 0."""
-    w = block.astype(np.float64)
-    exponent = math.frexp(w.max())[1]
-    return np.ldexp(w, -exponent), exponent
+def scaled(block: Scores) -> tuple[I64, int]:
+    """Return w = floor(block · 2^(SCORE_BITS - e)) and e, with max(block) in [2^(e-1), 2^e); e = 0 for zeros.
+
+    A largest score that is a denormal float64 counts as one of 2^-1022.
+    """
+    exponent = max(math.frexp(block.max())[1], -1022)
+    return np.floor(np.ldexp(block.astype(np.float64), SCORE_BITS - exponent)).astype(np.int64), exponent
 
 
-def solve_block(w: F64, n: int) -> tuple[Mask, F64, F64, int]:
-    """Return the optimal mask s [m, m] of one block, optimal duals u, v [m], and how many paths it took."""
+def solve_block(w: I64, n: int) -> tuple[Mask, I64, I64, int]:
+    """Return an optimal mask s [m, m] of one block, optimal duals u, v [m], and how many paths it took."""
     u, v = dual_passes(w, n)
-    s = start(w, u, v, n)
-    augmentations = 0
+    s = start(w, v, n)
+    u = np.where(s, w - v, w.max() - v.min() + 1).min(axis=1)  # between the kept and the others
+    paths = 0
     while (s.sum(axis=0) > n).any():
         augment(w, s, u, v, n)
-        augmentations += 1
-    return s, u, v, augmentations
+        paths += 1
+    return s, u, v, paths
 
 
-def dual_passes(w: F64, n: int) -> tuple[F64, F64]:
+def dual_passes(w: I64, n: int) -> tuple[I64, I64]:
     """Coordinate descent on the dual: every u_i, then every v_j, and so on; the last pass is over the rows."""
+    v = np.zeros(len(w), np.int64)
     u = middle(w, n)
     for _ in range(PASSES - 1):
         v = middle((w - u[:, None]).T, n)
@@ -73,41 +79,32 @@ def dual_passes(w: F64, n: int) -> tuple[F64, F64]:
     return u, v
 
 
-def middle(x: F64, n: int) -> F64:
+def middle(x: I64, n: int) -> I64:
     """Midway between the n-th and the (n+1)-th largest of every row of x: there the dual is smallest."""
     descending = -np.sort(-x, axis=1)
-    return 0.5 * (descending[:, n - 1] + descending[:, n])
+    return (descending[:, n - 1] + descending[:, n]) >> 1
 
 
-def start(w: F64, u: F64, v: F64, n: int) -> Mask:
-    """Take w - v > u: at most n per row, since u is at least the (n+1)-th largest.
-
-    A row holds fewer only if its n-th equals u. It is filled with such entries, circulantly from the diagonal, so
-    that a block of equal scores starts out balanced.
-    """
-    m = len(w)
-    x = w - v
-    s: Mask = x > u[:, None]
-    for i in range(m):
-        for j in np.roll(np.arange(m), -i):
-            if s[i].sum() < n and x[i, j] == u[i]:
-                s[i, j] = True
+def start(w: I64, v: I64, n: int) -> Mask:
+    """Keep the n largest w - v of every row."""
+    s = np.zeros(w.shape, np.bool_)
+    np.put_along_axis(s, np.argsort(v - w, axis=1, kind="stable")[:, :n], values=True, axis=1)
     return s
 
 
-def augment(w: F64, s: Mask, u: F64, v: F64, n: int) -> None:
+def augment(w: I64, s: Mask, u: I64, v: I64, n: int) -> None:
     """Move one unit from an over-full to an under-full column along a cheapest path; s, u and v change in place.
 
     Dijkstra over rows and columns. Column → row drops a kept entry, row → column takes a new one; complementary
     slackness makes both reduced costs non-negative.
     """
-    m = len(w)
+    m, never = len(w), np.iinfo(np.int64).max
     reduced = w - u[:, None] - v
-    distance = np.concatenate([np.where(s.sum(axis=0) > n, 0.0, np.inf), np.full(m, np.inf)])  # columns, then rows
+    distance = np.concatenate([np.where(s.sum(axis=0) > n, 0, never), np.full(m, never)])  # columns, then rows
     parent = np.full(2 * m, -1)
     done = np.zeros(2 * m, np.bool_)
     while True:
-        node = int(np.argmin(np.where(done, np.inf, distance)))
+        node = int(np.argmin(np.where(done, never, distance)))
         done[node] = True
         if node < m and s[:, node].sum() < n:
             break
@@ -115,11 +112,11 @@ def augment(w: F64, s: Mask, u: F64, v: F64, n: int) -> None:
             edges, cost = m + np.flatnonzero(s[:, node]), reduced[s[:, node], node]
         else:
             edges, cost = np.flatnonzero(~s[node - m]), -reduced[node - m, ~s[node - m]]
-        through = distance[node] + np.maximum(cost, 0.0)
+        through = distance[node] + cost
         closer = (through < distance[edges]) & ~done[edges]
         distance[edges[closer]] = through[closer]
         parent[edges[closer]] = node
-    shift = np.maximum(distance[node] - distance, 0.0)
+    shift = np.maximum(distance[node] - np.minimum(distance, distance[node]), 0)
     v += shift[:m]
     u -= shift[m:]
     while parent[node] >= 0:
@@ -128,10 +125,10 @@ def augment(w: F64, s: Mask, u: F64, v: F64, n: int) -> None:
         node = source
 
 
-def excess_of(w: F64, s: Mask, u: F64, v: F64) -> float:
+def excess_of(w: I64, s: Mask, u: I64, v: I64) -> float:
     """Dual value - primal value of a block, as a sum of non-negative terms (docs/mathematics.md, eq. 4)."""
     reduced = w - u[:, None] - v
-    return float(np.maximum(np.where(s, -reduced, reduced), 0.0).sum())
+    return float(np.maximum(np.where(s, -reduced, reduced), 0).sum(dtype=np.float64))
 
 
 def _check(scores: Scores) -> None:

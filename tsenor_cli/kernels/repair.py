@@ -1,210 +1,312 @@
-"""Shortest augmenting paths for the blocks whose counts are still wrong after the dual passes.
+"""Shortest augmenting paths for the blocks that the dual passes do not settle.
 
-One block at a time, in float64. Nodes 0 .. m-1 are the columns, m .. 2m-1 the rows. What holds before and after every
-path, up to rounding (docs/mathematics.md): every row keeps exactly n; w - u - v is ≥ 0 where kept and ≤ 0 elsewhere.
+One block at a time, in int64, so that nothing is rounded: scores below 2^SCORE_BITS with their tie terms. What holds
+before and after every path (docs/mathematics.md): every row keeps exactly n; w - u - v is ≥ 0 where kept and ≤ 0
+elsewhere.
+
+A block is padded to `lines` rows and columns, a multiple of LANES; what lies beyond m is never kept and never wanted.
+Entries part * LANES .. of a line, a row or a column, are row part * lines + line of an array [parts * lines, LANES].
 """
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
 from tsenor_cli.kernels.compilation import compiled
-from tsenor_cli.kernels.contract import Untyped
+from tsenor_cli.kernels.contract import Pointer, Untyped
+from tsenor_cli.kernels.lanes import (
+    LANES,
+    as_bits,
+    as_float,
+    as_float64,
+    as_int64,
+    bits,
+    first_bit,
+    from_bits,
+    lanes,
+    larger,
+    largest_of,
+    load,
+    offset,
+    pointer,
+    smaller,
+    smallest_of,
+    spread,
+    store,
+    where,
+)
+from tsenor_cli.kernels.transpose import take_columns
 
 IMPOSSIBLE = -1  # returned where theory says it cannot happen; the caller raises
-_DONE = np.iinfo(np.int64).max
-_NODE_BITS = 127  # 2 * MAX_M - 1: the low bits of a key name the node
+NEVER = 1 << 62  # farther than any node
+BEYOND = 1 << 60  # what lies beyond m has this score, negative
 
 
 class Workspace(NamedTuple):
-    """The scratch of one thread: everything that `repair` reads and writes. m = block size."""
+    """The scratch of one thread: everything that `repair` reads and writes. In compiled code, pointers to it."""
 
-    w: npt.NDArray[np.float64]  # [m, m]
-    w_columns: npt.NDArray[np.float64]  # [m, m], w transposed
-    u: npt.NDArray[np.float64]  # [m]
-    v: npt.NDArray[np.float64]  # [m]
-    kept: npt.NDArray[np.uint8]  # [m, m]
-    kept_columns: npt.NDArray[np.uint8]  # [m, m], kept transposed
-    counts: npt.NDArray[np.int64]  # [m], kept per column
-    distance: npt.NDArray[np.float64]  # [2m]
-    key: npt.NDArray[np.int64]  # [2m]
-    parent: npt.NDArray[np.int64]  # [2m]
+    raw: Untyped  # [parts * lines, LANES] scores as they are, by rows
+    ties: Untyped  # [parts * lines, LANES] int64, tie terms, by rows
+    w: Untyped  # [parts * lines, LANES] int64, scaled scores with tie terms, by rows
+    w_columns: Untyped  # [parts * lines, LANES] by columns
+    kept: Untyped  # [parts * lines, LANES] uint8, 0 or 1, by rows
+    kept_columns: Untyped  # [parts * lines, LANES] by columns
+    duals: Untyped  # [2 * parts, LANES] int64, v of the columns, then u of the rows
+    counts: Untyped  # [parts, LANES] int64, kept per column
+    distance: Untyped  # [2 * parts, LANES] int64, columns, then rows
+    waiting: Untyped  # [2 * parts, LANES] int64, the distance of a node that is not done, else NEVER
+    parent: Untyped  # [2 * parts, LANES] int64
+    steps: Untyped  # [LANES] int64, where the lines of a square of LANES start
 
 
-@compiled
-def workspace(m: int) -> Untyped:
-    """Allocate a Workspace."""
+def workspace(dtype: np.dtype[Any], ties: npt.NDArray[np.int64]) -> Workspace:
+    """Allocate a Workspace for blocks of m of scores of `dtype`, with the tie terms `ties` [m, m]."""
+    m = len(ties)
+    parts = -(-m // LANES)
+    entries = parts * parts * LANES
+    padded = np.zeros((parts * LANES, parts, LANES), np.int64)
+    padded.reshape(parts * LANES, -1)[:m, :m] = ties
     return Workspace(
-        np.empty((m, m)),
-        np.empty((m, m)),
-        np.empty(m),
-        np.empty(m),
-        np.empty((m, m), np.uint8),
-        np.empty((m, m), np.uint8),
-        np.empty(m, np.int64),
-        np.empty(2 * m),
-        np.empty(2 * m, np.int64),
-        np.empty(2 * m, np.int64),
+        raw=lanes(entries, dtype),
+        ties=np.ascontiguousarray(padded.swapaxes(0, 1)).reshape(-1, LANES),
+        w=lanes(entries, np.int64),
+        w_columns=lanes(entries, np.int64),
+        kept=lanes(entries, np.uint8),
+        kept_columns=lanes(entries, np.uint8),
+        duals=lanes(2 * parts, np.int64),
+        counts=lanes(parts, np.int64),
+        distance=lanes(2 * parts, np.int64),
+        waiting=lanes(2 * parts, np.int64),
+        parent=lanes(2 * parts, np.int64),
+        steps=np.arange(LANES) * LANES,
     )
 
 
 @compiled
-def repair(work: Workspace, n: int) -> int:
-    """Make work.kept optimal for work.w, starting from the duals work.u, work.v; return how many paths it took."""
-    start(work, n)
-    m = len(work.u)
-    too_many = 0
-    for j in range(m):
-        too_many += max(0, work.counts[j] - n)
-    for _ in range(too_many):  # every path takes one unit from an over-full column
-        target = shortest_path(work, n)
+def pointers(work: Workspace) -> Workspace:
+    """What the compiled functions below take."""
+    return Workspace(
+        pointer(work.raw),
+        pointer(work.ties),
+        pointer(work.w),
+        pointer(work.w_columns),
+        pointer(work.kept),
+        pointer(work.kept_columns),
+        pointer(work.duals),
+        pointer(work.counts),
+        pointer(work.distance),
+        pointer(work.waiting),
+        pointer(work.parent),
+        pointer(work.steps),
+    )
+
+
+@compiled
+def take_block(
+    tile: Pointer,
+    absolute: bool,
+    mask: Pointer,
+    columns: int,
+    factor: float,
+    other_factor: float,
+    m: int,
+    work: Workspace,
+) -> None:
+    """Fill the workspace with one block: its scores, times the factors, and its mask, which lie in rows of `columns`.
+
+    work.duals is left to the caller.
+    """
+    parts = -(-m // LANES)
+    lines = parts * LANES
+    for i in range(m):
+        for j in range(m):
+            place = (j // LANES * lines + i) * LANES + j % LANES
+            work.raw[place], work.kept[place] = tile[i * columns + j], mask[i * columns + j]
+    for i in range(m):
+        for k in range(i, parts * lines, lines):
+            score = as_float64(as_float(from_bits(as_bits(load(work.raw, k), absolute), load(work.raw, k))))
+            store(work.w, k, as_int64(score * spread(factor) * spread(other_factor)) + load(work.ties, k))
+        for j in range(m, lines):
+            work.w[(j // LANES * lines + i) * LANES + j % LANES] = -BEYOND
+    turn(work.w, work.w_columns, parts, work)
+    turn(work.kept, work.kept_columns, parts, work)
+
+
+@compiled
+def put_mask(mask: Pointer, columns: int, m: int, work: Workspace) -> None:
+    """Write the mask of the block back to where it lies in rows of `columns`."""
+    lines = -(-m // LANES) * LANES
+    for i in range(m):
+        for j in range(m):
+            mask[i * columns + j] = work.kept[(j // LANES * lines + i) * LANES + j % LANES]
+
+
+@compiled
+def repair(work: Workspace, m: int, n: int) -> int:
+    """Move units until every column of work.kept holds n; return how many paths that took, or IMPOSSIBLE."""
+    parts, paths = -(-m // LANES), 0
+    count(work, m)
+    while over_full(work, parts, n):
+        target = shortest_path(work, parts, m, n)
         if target == IMPOSSIBLE:
             return IMPOSSIBLE
-        shift_duals(work, work.distance[target])
-        flip(work, target)
-    return too_many
+        shift_duals(work, parts, work.distance[target])
+        flip(work, parts, target)
+        paths += 1
+    return paths
 
 
 @compiled
-def start(work: Workspace, n: int) -> None:
-    """Choose the n of every row that the duals suggest, and count what that keeps per column."""
-    work.counts[:] = 0
-    for i in range(len(work.u)):
-        choose(work, i, n)
-        separate(work, i)
-        for j in range(len(work.u)):
-            work.kept_columns[j, i] = work.kept[i, j]
-            work.counts[j] += work.kept[i, j]
+def choose(work: Workspace, m: int, n: int) -> None:
+    """Keep the n largest x_j = w_ij - v_j of every row: a start for any v. u_i is the smallest of them."""
+    parts, x = -(-m // LANES), work.distance  # the distances are free until the first path
+    lines = parts * LANES
+    for i in range(m):
+        for c in range(parts):
+            store(x, c, load(work.w, c * lines + i) - load(work.duals, c))
+            store(work.kept, c * lines + i, spread(np.uint8(0)))
+        for _ in range(n):
+            largest = load(x, 0)
+            for c in range(1, parts):
+                largest = larger(largest, load(x, c))
+            value = largest_of(largest)
+            j = find(x, parts, value)
+            x[j] = -NEVER
+            work.kept[(j // LANES * lines + i) * LANES + j % LANES] = 1
+            work.duals[lines + i] = value
+    turn(work.kept, work.kept_columns, parts, work)
 
 
 @compiled
-def choose(work: Workspace, i: int, n: int) -> None:
-    """Keep the n largest x_j = w_ij - v_j of row i; of equal ones the first from the diagonal on, cyclically.
-
-    Equal blocks then start out balanced. u_i only guides: at most a few entries lie on its wrong side.
-    """
-    x, kept, m, count = work.w[i] - work.v, work.kept[i], len(work.u), 0
-    for j in range(m):
-        kept[j] = x[j] > work.u[i]
-        count += kept[j]
-    for step in range(m):  # ties with u_i, all in one go
-        j = i + step if i + step < m else i + step - m
-        if count < n and x[j] == work.u[i]:
-            kept[j] = 1
-            count += 1
-    while count != n:
-        missing = count < n
-        best, change = -np.inf, 0
-        for step in range(m):
-            j = i + step if i + step < m else i + step - m
-            gain = x[j] if missing else -x[j]
-            if (kept[j] == 0) == missing and gain > best:
-                best, change = gain, j
-        kept[change] = missing
-        count += 1 if missing else -1
+def find(array: Pointer, rows: int, value: int) -> int:
+    """The first place of a value that is there."""
+    for c in range(rows):
+        found = bits(load(array, c) == spread(value))
+        if found != 0:
+            return int(c * LANES + first_bit(found))
+    return -1
 
 
 @compiled
-def separate(work: Workspace, i: int) -> None:
-    """Move u_i between the kept and the other x_j of row i, if it is not there."""
-    lowest, highest = np.inf, -np.inf
-    for j in range(len(work.u)):
-        x = work.w[i, j] - work.v[j]
-        if work.kept[i, j]:
-            lowest = min(lowest, x)
+def count(work: Workspace, m: int) -> None:
+    """Count what every column keeps."""
+    parts = -(-m // LANES)
+    for c in range(parts):
+        total = spread(0)
+        for i in range(m):
+            total = total + as_int64(load(work.kept, c * parts * LANES + i))
+        store(work.counts, c, total)
+
+
+@compiled
+def turn(by_rows: Pointer, by_columns: Pointer, parts: int, work: Workspace) -> None:
+    """Write the transpose of one array of a block to the other."""
+    lines = parts * LANES
+    for c in range(parts):
+        for d in range(parts):
+            square = offset(by_rows, (c * lines + d * LANES) * LANES)
+            take_columns(square, work.steps, 0, by_columns, d * lines + c * LANES, 16)
+
+
+@compiled
+def over_full(work: Workspace, parts: int, n: int) -> bool:
+    """Whether a column keeps more than n."""
+    found = False
+    for c in range(parts):
+        found = found or bits(load(work.counts, c) > spread(n)) != 0
+    return found
+
+
+@compiled
+def shortest_path(work: Workspace, parts: int, m: int, n: int) -> int:
+    """Dijkstra from all over-full columns at once; return the nearest under-full one. Rows are nodes from lines on."""
+    lines = parts * LANES
+    for c in range(parts):
+        start = where(load(work.counts, c) > spread(n), spread(0), spread(NEVER))
+        store(work.distance, c, start)
+        store(work.waiting, c, start)
+        store(work.parent, c, spread(-1))
+        store(work.distance, parts + c, spread(NEVER))
+        store(work.waiting, parts + c, spread(NEVER))
+    node = nearest(work.waiting, 2 * parts)
+    while node >= 0:
+        work.waiting[node] = NEVER
+        reached, dual = work.distance[node], work.duals[node]
+        if node >= lines:
+            relax(work.w, work.kept, np.uint8(0), node - lines, 0, reached + dual, node, parts, work)
+        elif node < m and work.counts[node] < n:
+            return int(node)
         else:
-            highest = max(highest, x)
-    if not lowest >= work.u[i] >= highest:
-        work.u[i] = 0.5 * (lowest + highest)
-
-
-@compiled
-def shortest_path(work: Workspace, n: int) -> int:
-    """Dijkstra from all over-full columns at once; return the nearest under-full one.
-
-    Column → row gives up a kept entry, row → column takes a new one. The queue is an array of keys: the bits of a
-    non-negative float64 order like an integer, and the low ones are replaced by the node, so that the next node is
-    a plain minimum, which the compiler vectorises. It errs by 2⁻⁴⁵ relative, far below what the certificate sees.
-    """
-    m, distance, key, parent = len(work.u), work.distance, work.key, work.parent
-    bits = distance.view(np.int64)
-    for j in range(m):
-        distance[j] = 0.0 if work.counts[j] > n else np.inf
-        distance[m + j] = np.inf
-    for k in range(2 * m):
-        key[k] = (bits[k] & ~_NODE_BITS) | k
-        parent[k] = -1
-    for _ in range(2 * m):
-        nearest = _DONE
-        for k in range(2 * m):
-            nearest = min(nearest, key[k])
-        node = nearest & _NODE_BITS
-        reached = distance[node]
-        if reached == np.inf:
-            return IMPOSSIBLE
-        key[node] = _DONE
-        if node >= m:
-            relax(work.w[node - m], work.kept[node - m], 0, work.u[node - m], work.v, 0, node, work)
-        elif work.counts[node] < n:
-            return node
-        else:
-            relax(work.w_columns[node], work.kept_columns[node], 1, work.v[node], work.u, m, node, work)
+            relax(work.w_columns, work.kept_columns, np.uint8(1), node, parts, reached - dual, node, parts, work)
+        node = nearest(work.waiting, 2 * parts)
     return IMPOSSIBLE
 
 
 @compiled
+def nearest(waiting: Pointer, rows: int) -> int:
+    """The place of the smallest number; -1 if all are NEVER."""
+    least = load(waiting, 0)
+    for c in range(1, rows):
+        least = smaller(least, load(waiting, c))
+    value = smallest_of(least)
+    return int(find(waiting, rows, value)) if value < NEVER else -1
+
+
+@compiled
 def relax(
-    scores: npt.NDArray[np.float64],
-    kept: npt.NDArray[np.uint8],
-    wanted: int,
-    own_dual: float,
-    duals: npt.NDArray[np.float64],
+    scores: Pointer,
+    kept: Pointer,
+    state: np.uint8,
+    line: int,
     first: int,
+    reached: int,
     node: int,
+    parts: int,
     work: Workspace,
 ) -> None:
-    """Offer the way through `node` to the nodes first .. first+m-1, along its entries where kept == wanted."""
-    m, reached, sign = len(duals), work.distance[node], 1.0 if wanted else -1.0
-    distance, key, parent = (
-        work.distance[first : first + m],
-        work.key[first : first + m],
-        work.parent[first : first + m],
-    )
-    bits = distance.view(np.int64)
-    for k in range(m):
-        cost = sign * (scores[k] - own_dual - duals[k])
-        through = reached + max(cost, 0.0)
-        closer = (kept[k] == wanted) & (through < distance[k]) & (key[k] != _DONE)
-        distance[k] = through if closer else distance[k]
-        parent[k] = node if closer else parent[k]
-        key[k] = (bits[k] & ~_NODE_BITS) | (first + k) if closer else key[k]
+    """Offer the way through `node` to the other side, along the entries of its line that are in this state.
+
+    Column → row gives up a kept entry, at w - u - v; row → column takes a new one, at u + v - w. `reached` is the
+    distance of the node and its own dual; the duals of the other side start at row `first`.
+    """
+    own = spread(reached)
+    for c in range(parts):
+        k, other = c * parts * LANES + line, first + c
+        difference = load(scores, k) - load(work.duals, other)
+        through = own + difference if state else own - difference
+        closer = (load(kept, k) == spread(state)) & (load(work.distance, other) > through)
+        store(work.distance, other, where(closer, through, load(work.distance, other)))
+        store(work.waiting, other, where(closer, through, load(work.waiting, other)))
+        store(work.parent, other, where(closer, spread(node), load(work.parent, other)))
 
 
 @compiled
-def shift_duals(work: Workspace, length: float) -> None:
+def shift_duals(work: Workspace, parts: int, length: int) -> None:
     """Move the duals by the distances, so that the path of this length costs nothing and no sign changes."""
-    m = len(work.u)
-    for k in range(m):
-        if work.distance[k] < length:
-            work.v[k] += length - work.distance[k]
-        if work.distance[m + k] < length:
-            work.u[k] -= length - work.distance[m + k]
+    for c in range(2 * parts):
+        way = larger(spread(length) - load(work.distance, c), spread(0))
+        store(work.duals, c, load(work.duals, c) + way if c < parts else load(work.duals, c) - way)
 
 
 @compiled
-def flip(work: Workspace, target: int) -> None:
+def flip(work: Workspace, parts: int, target: int) -> None:
     """Exchange kept and given up along the path to `target`; only the counts of its two ends change."""
-    m, column = len(work.u), target
+    lines, column = parts * LANES, target
     work.counts[column] += 1
-    for _ in range(m):  # a path visits no column twice
-        if work.parent[column] < 0:
-            break
-        row = work.parent[column] - m
-        source = work.parent[row + m]
-        work.kept[row, column] = work.kept_columns[column, row] = 1
-        work.kept[row, source] = work.kept_columns[source, row] = 0
+    while work.parent[column] >= 0:
+        row = work.parent[column] - lines
+        source = work.parent[row + lines]
+        mark(work, lines, row, column, np.uint8(1))
+        mark(work, lines, row, source, np.uint8(0))
         column = source
     work.counts[column] -= 1
+
+
+@compiled
+def mark(work: Workspace, lines: int, row: int, column: int, state: np.uint8) -> None:
+    """Set the state of one entry, in both arrays."""
+    work.kept[(column // LANES * lines + row) * LANES + column % LANES] = state
+    work.kept_columns[(row // LANES * lines + column) * LANES + row % LANES] = state

@@ -1,0 +1,256 @@
+"""The exact transposable solver on a CPU: dual passes with LANES blocks in lockstep, then what they leave in doubt.
+
+LANES blocks share the vector registers (structure of arrays). All of it is integer arithmetic on one block at a time,
+and the mask it looks for is the only best one (ties.py): it depends neither on how the work is cut nor on where it
+starts. Derivations: docs/mathematics.md.
+"""
+
+from __future__ import annotations
+
+import math
+from functools import cache
+from typing import Any, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+
+from tsenor_cli.kernels.compilation import compiled, compiling
+from tsenor_cli.kernels.contract import DualArray, Mask, Pointer, Scores, Tally, Untyped, UnusableScoresError
+from tsenor_cli.kernels.groups import DOWN, Q_BITS, UP, find_places, gather, keep, quantise, scatter
+from tsenor_cli.kernels.lanes import LANES, first_bit, lanes, load, pointer, spread, store, sum_of
+from tsenor_cli.kernels.passes import LIMIT, call_dual_passes, dual_passes_address
+from tsenor_cli.kernels.repair import IMPOSSIBLE, Workspace, pointers, workspace
+from tsenor_cli.kernels.settle import Queue, put_in_queue, queue, settle
+from tsenor_cli.kernels.threads import CHUNK_SCORES, over_chunks
+from tsenor_cli.kernels.ties import SCORE_BITS, tie_table
+
+UNUSABLE = -2  # returned beside IMPOSSIBLE
+# What the compiled code adds up, [chunks, 4] float64.
+OBJECTIVE, EXCESS, WORST_GAP, REPAIRED = range(4)
+# For m up to: row passes, row passes from given duals, largest over-relaxation in sixteenths.
+_SCHEDULES = ((4, 6, 3, 0), (8, 7, 3, 6), (16, 9, 4, 6), (32, 12, 4, 8), (64, 15, 5, 10))
+_NO_DUALS: DualArray = np.empty((0, 2, 0))
+
+
+def solve_transposable(
+    scores: Scores,
+    n: int,
+    m: int,
+    mask: Mask,
+    warm: DualArray | None = None,
+    duals: DualArray | None = None,
+    *,
+    absolute: bool = False,
+) -> Tally:
+    """Fill `mask` with the optimal transposable n:m mask of `scores`; see contract.py.
+
+    Start from the duals `warm`, if given: fewer passes do when they fit similar scores, and any finite ones lead to the
+    same mask. Fill `duals`, if given, with optimal ones.
+
+    Raises:
+        UnusableScoresError: see contract.py.
+        RuntimeError: a path that must exist was not found; a bug.
+    """
+    solve_groups, dual_passes = _compile(scores.dtype, m, n)
+    passes, furthest = schedule(m, warm=warm is not None)
+    blocks = scores.size // (m * m)
+    groups = -(-blocks // LANES)
+    size = max(1, CHUNK_SCORES // (m * m * LANES))
+    statistics = np.zeros((-(-groups // size), 4))
+    start, found = (_NO_DUALS if given is None else given for given in (warm, duals))
+    ties = tie_table(n, m)
+
+    def chunk(first: int, last: int, scratch: tuple[_Group, Queue, Workspace]) -> None:
+        totals = statistics[first // size]
+        status = solve_groups(
+            scores,
+            absolute,
+            n,
+            m,
+            dual_passes,
+            passes,
+            furthest,
+            first,
+            last,
+            mask.view(np.uint8),
+            start,
+            found,
+            totals,
+            *scratch,
+        )
+        if status == UNUSABLE:
+            raise UnusableScoresError
+        if status == IMPOSSIBLE:
+            raise RuntimeError(f"no augmenting path in a {n}:{m} block: please report this")
+
+    over_chunks(chunk, groups, size, lambda: _scratch(scores.dtype, ties))
+    return Tally(
+        objective=math.fsum(statistics[:, OBJECTIVE]),
+        excess=math.fsum(statistics[:, EXCESS]),
+        worst_gap=float(statistics[:, WORST_GAP].max(initial=0.0)),
+        repaired=int(statistics[:, REPAIRED].sum()),
+        iterations=passes if blocks else 0,
+    )
+
+
+def schedule(m: int, *, warm: bool = False) -> tuple[int, int]:
+    """How many row passes, and how far they go: measured (docs/decisions/0008).
+
+    A pass costs less than the repairs it saves up to about here.
+    """
+    for largest, cold_passes, warm_passes, furthest in _SCHEDULES:
+        if m <= largest:
+            return (warm_passes if warm else cold_passes), furthest
+    raise AssertionError(m)
+
+
+class _Group(NamedTuple):
+    """LANES blocks on their way through the dual passes."""
+
+    places: Untyped  # [LANES] int64, see groups.py
+    raw: Untyped  # [m * m, LANES] of the scores' type
+    q: Untyped  # [m * m, LANES] int32
+    kept: Untyped  # [m * m, LANES] uint8
+    u: Untyped  # [m, LANES] int32
+    v: Untyped  # [m, LANES] int32
+    counts: Untyped  # [m, LANES] uint8
+    factors: Untyped  # [4, LANES] float64
+    objective: Untyped  # [1, LANES] float64, a running sum
+
+
+def _scratch(dtype: np.dtype[Any], ties: npt.NDArray[np.int64]) -> tuple[_Group, Queue, Workspace]:
+    """What one thread writes to: allocated once, and never in compiled code."""
+    m = len(ties)
+    group = _Group(
+        places=np.zeros(LANES, np.int64),
+        raw=lanes(m * m, dtype),
+        q=lanes(m * m, np.int32),
+        kept=lanes(m * m, np.uint8),
+        u=lanes(m, np.int32),
+        v=lanes(m, np.int32),
+        counts=lanes(m, np.uint8),
+        factors=lanes(4, np.float64),
+        objective=lanes(1, np.float64),
+    )
+    return group, queue(dtype, ties), workspace(dtype, ties)
+
+
+@cache
+def _compile(dtype: np.dtype[Any], m: int, n: int) -> tuple[Untyped, int]:
+    """Everything that runs for this dtype and pattern, compiled or loaded by a call that has nothing to do."""
+    nothing, no_mask, ties = np.empty((0, m), dtype), np.empty((0, m), np.uint8), tie_table(n, m)
+    with compiling():
+        address = dual_passes_address(m, n)
+        scratch = _scratch(dtype, ties)
+        _solve_groups(nothing, False, n, m, address, 1, 0, 0, 0, no_mask, _NO_DUALS, _NO_DUALS, np.empty(4), *scratch)
+    return _solve_groups, address
+
+
+@compiled
+def _solve_groups(
+    scores: Scores,
+    absolute: bool,
+    n: int,
+    m: int,
+    dual_passes: int,
+    passes: int,
+    furthest: int,
+    first: int,
+    last: int,
+    mask: Mask,
+    warm: DualArray,
+    duals: DualArray,
+    totals: npt.NDArray[np.float64],
+    group: _Group,
+    queue: Queue,
+    workspace: Workspace,
+) -> int:
+    """Solve groups first .. last-1 and add to totals [4]; returns 0, UNUSABLE or IMPOSSIBLE."""
+    columns, blocks, work = scores.shape[1], scores.size // (m * m), pointers(workspace)
+    raw, q, kept, places = pointer(group.raw), pointer(group.q), pointer(group.kept), pointer(group.places)
+    u, v, factors, objective = pointer(group.u), pointer(group.v), pointer(group.factors), pointer(group.objective)
+    ties, waiting = pointer(queue.visible), 0
+    store(objective, 0, spread(0.0))
+    for number in range(first, last):
+        block, used = number * LANES, min(LANES, blocks - number * LANES)
+        find_places(block, used, columns, m, places)
+        gather(pointer(scores), columns, m, places, LANES * m, raw)
+        if not quantise(raw, absolute, ties, m, q, factors):
+            return UNUSABLE
+        start_duals(warm, block, used, factors, m, v)
+        call_dual_passes(dual_passes, q, u, v, passes, furthest)
+        doubtful = keep(raw, absolute, ties, q, u, v, n, m, used, kept, objective, pointer(group.counts))
+        scatter(kept, columns, m, places, pointer(mask))
+        if len(duals) > 0:
+            for t in range(used):
+                put_duals(u, v, t, 2.0**-Q_BITS, factors, duals[block + t])
+        while doubtful:
+            t = first_bit(doubtful)
+            doubtful &= doubtful - 1
+            put_in_queue(queue, waiting, block + t, places[t], u, v, t, m)
+            waiting += 1
+            if waiting == LANES:
+                if settle_all(scores, absolute, columns, n, m, waiting, mask, queue, work, duals, totals) == IMPOSSIBLE:
+                    return IMPOSSIBLE
+                waiting = 0
+    totals[OBJECTIVE] += sum_of(load(objective, 0))
+    if waiting > 0:
+        return int(settle_all(scores, absolute, columns, n, m, waiting, mask, queue, work, duals, totals))
+    return 0
+
+
+@compiled
+def settle_all(
+    scores: Scores,
+    absolute: bool,
+    columns: int,
+    n: int,
+    m: int,
+    waiting: int,
+    mask: Mask,
+    queue: Queue,
+    work: Workspace,
+    duals: DualArray,
+    totals: npt.NDArray[np.float64],
+) -> int:
+    """Settle what waits in the queue, and add it to totals; returns 0 or IMPOSSIBLE."""
+    repaired = settle(pointer(scores), absolute, columns, n, m, waiting, pointer(mask), queue, work)
+    if repaired == IMPOSSIBLE:
+        return IMPOSSIBLE
+    totals[REPAIRED] += repaired
+    factors = pointer(queue.factors)
+    for t in range(waiting):
+        objective = queue.sums[0, t]
+        excess = queue.sums[1, t] * 2.0**-SCORE_BITS * queue.factors[DOWN, t] * queue.factors[DOWN + 1, t]
+        totals[OBJECTIVE] += objective
+        totals[EXCESS] += excess
+        if excess > 0.0:
+            totals[WORST_GAP] = max(totals[WORST_GAP], excess / (objective + excess))
+        if len(duals) > 0:
+            u, v = pointer(queue.exact_u), pointer(queue.exact_v)
+            put_duals(u, v, t, 2.0**-SCORE_BITS, factors, duals[queue.blocks[t]])
+    return 0
+
+
+@compiled
+def start_duals(warm: DualArray, block: int, used: int, factors: Pointer, m: int, v: Pointer) -> None:
+    """Start v [m, LANES] from the column duals warm[block + t, 1], given in the unit of the scores, or from 0.
+
+    Idle lanes repeat the last block, duals included: they write to the same place of the mask.
+    """
+    for k in range(m):
+        store(v, k, spread(np.int32(0)))
+    if len(warm) > 0:
+        for t in range(LANES):
+            for k in range(m):
+                dual = warm[block + min(t, used - 1), 1, k] * factors[UP * LANES + t] * factors[(UP + 1) * LANES + t]
+                v[k * LANES + t] = int(min(max(dual, -LIMIT), LIMIT))
+
+
+@compiled
+def put_duals(u: Pointer, v: Pointer, t: int, own_unit: float, factors: Pointer, duals: DualArray) -> None:
+    """Write lane t of u, v [m, LANES], which count in own_unit, to duals [2, m] in the unit of the scores."""
+    one_factor, other_factor = factors[DOWN * LANES + t], factors[(DOWN + 1) * LANES + t]
+    for k in range(duals.shape[1]):
+        duals[0, k] = u[k * LANES + t] * own_unit * one_factor * other_factor
+        duals[1, k] = v[k * LANES + t] * own_unit * one_factor * other_factor
