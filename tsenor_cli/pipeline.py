@@ -31,7 +31,7 @@ from tsenor_cli.checkpoint.writer import (
 from tsenor_cli.errors import InputRefused, UsageError
 from tsenor_cli.masks.solve import solve_mask
 from tsenor_cli.observer import Observer
-from tsenor_cli.pruners.base import PrunedLayer, Pruner
+from tsenor_cli.pruners.base import PrunedLayer, Pruner, SolveMask
 from tsenor_cli.pruners.magnitude import Magnitude
 from tsenor_cli.report.build import Tally, build_report, kept_record
 from tsenor_cli.report.card import CARD_FILE, model_card
@@ -43,6 +43,7 @@ _PRUNERS: dict[str, type[Pruner]] = {"magnitude": Magnitude}
 
 def plan_prune(spec: PruneSpec) -> Plan:
     """Decide what would be done to every tensor, from headers alone; nothing is written."""
+    _solver(spec)
     return make_plan(open_checkpoint(*resolve_checkpoint(spec.model)), spec)
 
 
@@ -56,7 +57,7 @@ def prune(spec: PruneSpec, observer: Observer | None = None) -> Report:
     """
     started, observer = time.perf_counter(), observer or Observer()
     output = Path(os.path.abspath(spec.output))  # noqa: PTH100  (resolve() would follow a link)
-    pruner = _pruner(spec)
+    pruner, solver = _pruner(spec), _solver(spec)
     directory, revision = resolve_checkpoint(spec.model)
     check_output(output, directory, overwrite=spec.overwrite)
     checkpoint = open_checkpoint(directory, revision)
@@ -69,7 +70,7 @@ def prune(spec: PruneSpec, observer: Observer | None = None) -> Report:
         for shard in checkpoint.shards:
             with shard_writer(shard, staging) as file:
                 items = [plan.by_name[tensor.name] for tensor in shard.tensors]
-                records += [_write_tensor(item, pruner, spec.pattern, file, observer) for item in items]
+                records += [_write_tensor(item, pruner, solver, spec.pattern.m, file, observer) for item in items]
         for relative in checkpoint.other_files:
             copy_file(checkpoint.directory / relative, staging / relative)
         report = build_report(spec, plan, records, pruner.citation, time.perf_counter() - started)
@@ -93,15 +94,28 @@ def verify(
 
 
 def _pruner(spec: PruneSpec) -> Pruner:
-    if spec.device not in {"auto", "cpu"}:
-        raise InputRefused(f"--device {spec.device}: this version has no mask engine for it", "use --device cpu")
     if spec.method not in _PRUNERS:
         raise UsageError(f"unknown method {spec.method!r}", f"known: {', '.join(_PRUNERS)}")
     return _PRUNERS[spec.method]()
 
 
+def _solver(spec: PruneSpec) -> SolveMask:
+    """What every pruner is handed to find its masks with."""
+    solver = partial(
+        solve_mask,
+        pattern=spec.pattern,
+        solver=spec.solver,
+        device=spec.device,
+        tau=spec.tau,
+        iterations=spec.iterations,
+        local_search=spec.local_search,
+    )
+    solver(torch.empty(0, spec.pattern.m))  # no scores, but options that contradict each other are refused
+    return solver
+
+
 def _write_tensor(
-    item: TensorPlan, pruner: Pruner, pattern: NMPattern, file: BinaryIO, observer: Observer
+    item: TensorPlan, pruner: Pruner, solver: SolveMask, m: int, file: BinaryIO, observer: Observer
 ) -> TensorRecord:
     """Stream one tensor into the open shard: band by band through the pruner, or byte for byte."""
     tensor = item.tensor
@@ -111,15 +125,15 @@ def _write_tensor(
             observer.advanced(tensor.name, len(chunk))
         return kept_record(item)
     tally = Tally()
-    for first, last in item.bands(pattern.m):
+    for first, last in item.bands(m):
         band = tensor.read(first, last)
-        pruned = _prune_band(item, band, pruner, pattern, tally)
+        pruned = _prune_band(item, band, pruner, solver, tally)
         file.write(pruned.view(-1).view(torch.uint8).numpy().data)
         observer.advanced(tensor.name, band.nbytes)
     return tally.record(item)
 
 
-def _prune_band(item: TensorPlan, band: torch.Tensor, pruner: Pruner, pattern: NMPattern, tally: Tally) -> torch.Tensor:
+def _prune_band(item: TensorPlan, band: torch.Tensor, pruner: Pruner, solver: SolveMask, tally: Tally) -> torch.Tensor:
     """One band in the tensor's own layout and dtype, pruned."""
     assert item.layout is not None
     if not all(map(math.isfinite, torch.stack(torch.aminmax(band)).tolist())):  # NaN travels through min and max
@@ -127,6 +141,6 @@ def _prune_band(item: TensorPlan, band: torch.Tensor, pruner: Pruner, pattern: N
             f"{item.tensor.name} has NaN or infinite weights", "the checkpoint is damaged: fetch it again"
         )
     weight = to_matrices(band, item.layout)
-    layer: PrunedLayer = pruner.prune(weight, partial(solve_mask, pattern=pattern))
+    layer: PrunedLayer = pruner.prune(weight, solver)
     tally.add(weight, layer)
     return from_matrices(layer.weight, item.layout).contiguous()

@@ -12,6 +12,7 @@ from pathlib import Path
 from tsenor_cli.errors import UsageError
 
 MAX_M = 64
+SOLVERS = ("exact", "entropic")  # of transposable masks
 
 
 @dataclass(frozen=True)
@@ -62,6 +63,10 @@ class PruneSpec:
     output: Path
     pattern: NMPattern
     method: str = "magnitude"
+    solver: str = "exact"  # one of SOLVERS
+    tau: float | None = None  # these three: see masks.solve.solve_mask; None is its default
+    iterations: int | None = None
+    local_search: int | None = None
     only: tuple[str, ...] = ()  # name patterns: a glob, or re:REGEX
     ignore: tuple[str, ...] = ()
     min_coverage: float = 0.0  # share of the prunable parameters, 0 to 1

@@ -2,16 +2,15 @@
 
 import hard_scores
 import numpy as np
-import oracles
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 from tsenor_cli.errors import InputRefused, UsageError
-from tsenor_cli.masks import solve
+from tsenor_cli.kernels import exact
+from tsenor_cli.masks import certificate, solve
 from tsenor_cli.masks.blocks import from_blocks, to_blocks
 from tsenor_cli.masks.invariants import violation
+from tsenor_cli.masks.solution import Status
 from tsenor_cli.masks.solve import InfeasibleMaskError, solve_mask
 from tsenor_cli.specs import NMPattern
 
@@ -116,7 +115,7 @@ def test_strides_and_bands_do_not_matter(view, shape, band, monkeypatch):
 @pytest.mark.parametrize("name", ["normal", "quarters", "sparse"])
 @pytest.mark.parametrize("transposable", [True, False])
 def test_threads_do_not_matter(text, name, transposable, monkeypatch):
-    for module in ("cpu", "standard"):
+    for module in ("exact", "standard"):
         monkeypatch.setattr(f"tsenor_cli.kernels.{module}.CHUNK_SCORES", 1 << 12)
     scores, threads = scores_of(name, 256, 512), torch.get_num_threads()
     solutions = []
@@ -169,58 +168,118 @@ def test_requests_that_make_no_sense(scores, pattern, message):
 
 
 def test_an_infeasible_mask_never_gets_out(monkeypatch):
-    def careless(pattern):
-        def kernel(scores, n, m, mask):
-            tally = honest(pattern)(scores, n, m, mask)
-            mask[5, 7] ^= True
-            return tally
+    def careless(scores, n, m, mask, *duals, **options):
+        tally = honest(scores, n, m, mask, *duals, **options)
+        mask[5, 7] ^= True
+        return tally
 
-        return kernel
-
-    honest = solve._kernel
-    monkeypatch.setattr(solve, "_kernel", careless)
+    honest = exact.solve_transposable
+    monkeypatch.setattr(exact, "solve_transposable", careless)
     with pytest.raises(InfeasibleMaskError, match="row 5, group 1 keeps"):
         solve_mask(torch.rand(8, 8), "2:4")
 
 
-# --- laws -------------------------------------------------------------------------------------------------------------
-
-SCORE = st.sampled_from([0.0, 0.25, 0.5, 1.0, 1.5, 3.0, 1e-3, 7e-42, 1e20]) | st.floats(0, 2.0**100, width=32)
-BLOCK = st.lists(SCORE, min_size=16, max_size=16).map(lambda values: np.array(values, np.float32).reshape(4, 4))
-LAWS = settings(max_examples=150, deadline=None, derandomize=True)
+# --- warm starts, certificates, the other solver ----------------------------------------------------------------------
 
 
-@LAWS
-@given(BLOCK, st.integers(1, 3))
-def test_optimal_and_feasible(block, n):
-    solution = solve_mask(torch.from_numpy(block), NMPattern(n, 4))
-    assert violation(solution.mask, NMPattern(n, 4)) is None
-    best = oracles.best_by_enumeration(block, n)
-    assert solution.objective == pytest.approx(best, rel=1e-6, abs=0)
-    assert solution.upper_bound >= best * (1 - 1e-12)
+@pytest.mark.parametrize("text", ["2:4", "8:16", "16:32"])
+@pytest.mark.parametrize("name", ["normal", "integers", "sparse"])
+def test_a_warm_start_changes_nothing_but_the_work(text, name):
+    scores = scores_of(name, 64, 96)
+    cold = solve_mask(scores, text, return_duals=True)
+    moved = scores * (1 + 0.01 * torch.randn(64, 96, generator=torch.Generator().manual_seed(0))).clamp_min(0)
+    expected = solve_mask(moved, text)
+    for start in (cold, cold.duals, cold.duals.numpy(), torch.zeros_like(cold.duals), 1e6 * cold.duals):
+        warm = solve_mask(moved, text, warm_start=start)
+        assert torch.equal(warm.mask, expected.mask)
+        assert warm.iterations < expected.iterations
 
 
-@LAWS
-@given(BLOCK, st.integers(1, 3), st.permutations(range(4)), st.permutations(range(4)), st.integers(-40, 20))
-def test_the_objective_moves_with_the_scores(block, n, rows, columns, exponent):
-    def objective(scores):
-        return solve_mask(torch.from_numpy(np.ascontiguousarray(scores)), NMPattern(n, 4)).objective
+@pytest.mark.parametrize("shape", [(32, 48), (3, 16, 48)])
+def test_duals_are_those_of_the_blocks_in_order(shape):
+    scores = scores_of("normal", *shape)
+    solution = solve_mask(scores, "4:8", return_duals=True)
+    assert solution.duals.shape == (solution.blocks, 2, 8)
+    assert solution.duals.dtype == torch.float64
+    blocks, masks = to_blocks(scores, 8), to_blocks(solution.mask, 8)
+    bound = certificate.upper_bound(blocks, *solution.duals.unbind(1), 4)
+    torch.testing.assert_close(bound, certificate.objective(blocks, masks), rtol=1e-12, atol=0)
+    assert bound.sum().item() == pytest.approx(solution.upper_bound, rel=1e-12)
+    assert solve_mask(scores, "4:8").duals is None
 
-    base = objective(block)
-    assert objective(block[rows][:, columns]) == pytest.approx(base, rel=1e-6, abs=0)
-    assert objective(block.T) == pytest.approx(base, rel=1e-6, abs=0)
-    assert objective(np.ldexp(block.astype(np.float64), exponent)) == pytest.approx(np.ldexp(base, exponent), rel=1e-12)
+
+@pytest.mark.parametrize("dtype", [np.float16, np.float32, np.float64, ">f4"])
+def test_numpy_in_numpy_out(dtype):
+    scores = np.random.default_rng(0).random((32, 48)).astype(dtype)
+    expected = solve_mask(torch.from_numpy(scores.astype(np.float64)), "4:8", return_duals=True)
+    frozen = scores.copy()
+    frozen.flags.writeable = False
+    for array in (scores, frozen, np.asfortranarray(scores), scores[::-1, ::-1][::-1, ::-1]):
+        solution = solve_mask(array, "4:8", return_duals=True)
+        assert isinstance(solution.mask, np.ndarray)
+        assert isinstance(solution.duals, np.ndarray)
+        assert np.array_equal(solution.mask, expected.mask.numpy())
 
 
-@LAWS
-@given(st.integers(0, 2**32 - 1), st.sampled_from([(4, 8), (3, 7), (8, 16)]))
-def test_adding_to_a_row_moves_nothing(seed, pattern):
-    """Every mask gains n times what is added to all scores of a row: the best stays the best."""
-    n, m = pattern
-    block = torch.from_numpy(np.random.default_rng(seed).integers(0, 1000, (m, m)).astype(np.float32))
-    base = solve_mask(block, NMPattern(n, m))
-    shifted = solve_mask(block + torch.arange(m)[:, None], NMPattern(n, m))
-    assert shifted.objective == base.objective + n * m * (m - 1) / 2
+@pytest.mark.parametrize("options", [{}, {"transposable": False}, {"solver": "entropic"}])
+def test_absolute(options):
+    weight = torch.randn(32, 48, generator=torch.Generator().manual_seed(0))
+    solution = solve_mask(weight, "4:8", absolute=True, **options)
+    expected = solve_mask(weight.abs(), "4:8", **options)
+    assert torch.equal(solution.mask, expected.mask)
+    assert solution.objective == expected.objective
+    with pytest.raises(UsageError, match="negative"):
+        solve_mask(weight, "4:8", **options)
+
+
+@pytest.mark.parametrize("options", [{}, {"transposable": False}, {"solver": "entropic"}])
+def test_a_negative_zero_is_a_zero(options):
+    scores = scores_of("sparse", 32, 48)
+    negative = torch.where(scores == 0, -0.0, scores)
+    solution = solve_mask(negative, "4:8", **options)
+    assert torch.equal(solution.mask, solve_mask(scores, "4:8", **options).mask)
+
+
+def test_entropic():
+    scores = scores_of("normal", 64, 96)
+    exact, entropic = solve_mask(scores, "8:16"), solve_mask(scores, "8:16", solver="entropic")
+    assert violation(entropic.mask, NMPattern(8, 16)) is None
+    assert entropic.solver == "entropic"
+    assert 0.998 * exact.objective <= entropic.objective <= exact.objective <= entropic.upper_bound
+    assert 0 < entropic.gap < 0.003
+    short = solve_mask(scores, "8:16", solver="entropic", iterations=10, local_search=1, tau=50)
+    assert short.status is Status.MAX_ITERATIONS
+    assert short.iterations == 10
+    assert exact.status is Status.CONVERGED
+    for status in Status:
+        assert status.sentence
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"solver": "greedy"}, "unknown solver"),
+        ({"tau": 10.0}, "not an option of the exact solver"),
+        ({"iterations": 5, "local_search": 3}, "iterations, local_search: not an option"),
+        ({"solver": "entropic", "tau": 0.0}, "tau is 0"),
+        ({"solver": "entropic", "tau": float("nan")}, "tau is nan"),
+        ({"solver": "entropic", "iterations": 0}, "0 iterations"),
+        ({"solver": "entropic", "local_search": -1}, "-1 units"),
+        ({"solver": "entropic", "transposable": False}, "for transposable patterns"),
+        ({"solver": "entropic", "return_duals": True}, "entropic takes and gives no duals"),
+        ({"transposable": False, "warm_start": torch.zeros(4, 2, 4)}, "top-n takes and gives no duals"),
+        ({"warm_start": torch.zeros(3, 2, 4)}, r"finite duals of shape \(4, 2, 4\)"),
+        ({"warm_start": torch.full((4, 2, 4), float("inf"))}, "finite duals"),
+    ],
+)
+def test_options_that_make_no_sense(options, message):
+    with pytest.raises(UsageError, match=message):
+        solve_mask(torch.rand(8, 8), "2:4", **options)
+
+
+def test_a_solution_without_duals_is_no_warm_start():
+    with pytest.raises(UsageError, match="return_duals"):
+        solve_mask(torch.rand(8, 8), "2:4", warm_start=solve_mask(torch.rand(8, 8), "2:4"))
 
 
 def test_worst_block_gap_is_that_of_the_worst_block():

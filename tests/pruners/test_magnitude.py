@@ -29,8 +29,15 @@ def test_transposable_keeps_the_best_tile():
     assert layer.solution.objective == 44.0
 
 
-def test_it_asks_with_the_absolute_weights_and_only_once():
+def test_it_asks_for_the_absolute_weights_and_only_once():
     weight, asked = torch.randn(8, 8, generator=torch.Generator().manual_seed(0)), []
-    Magnitude().prune(weight.t(), lambda scores: asked.append(scores) or solve_mask(scores, "2:4"))
+
+    def ask(scores, *, absolute=False):
+        asked.append((scores, absolute))
+        return solve_mask(scores, "2:4", absolute=absolute)
+
+    layer = Magnitude().prune(weight.t(), ask)
     assert len(asked) == 1
-    assert torch.equal(asked[0], weight.t().abs())
+    assert torch.equal(asked[0][0], weight.t())
+    assert asked[0][1]
+    assert torch.equal(layer.solution.mask, solve_mask(weight.t().abs(), "2:4").mask)

@@ -17,7 +17,7 @@ from tsenor_cli.cli.options import (
     verbose_option,
 )
 from tsenor_cli.pruners import METHODS
-from tsenor_cli.specs import NMPattern, PruneSpec
+from tsenor_cli.specs import SOLVERS, NMPattern, PruneSpec
 
 if TYPE_CHECKING:
     from tsenor_cli.checkpoint.plan import Plan
@@ -38,6 +38,16 @@ if TYPE_CHECKING:
 )
 @standard_option
 @click.option("--method", type=click.Choice(METHODS), default="magnitude", show_default=True, help="Pruning method.")
+@click.option(
+    "--solver",
+    type=click.Choice(SOLVERS),
+    default="exact",
+    show_default=True,
+    help="exact: provably optimal masks. entropic: the pipeline of the TSENOR paper.",
+)
+@click.option("--tau", type=float, help="Entropic: regularisation times the largest score.  [default: per block]")
+@click.option("--iterations", type=int, help="Entropic: the most Dykstra iterations of a block.")
+@click.option("--local-search", type=int, help="Entropic: the most swaps of the local search in a block.")
 @only_option
 @ignore_option
 @click.option(
@@ -114,6 +124,8 @@ def _show_report(report: Report) -> None:
         ("peak memory", console.size(summary.peak_memory_bytes)),
     ]
     console.table("", ("", ""), rows)
+    if stopped := [record.name for record in report.tensors if record.status == "max_iterations"]:
+        console.note(f"{len(stopped)} tensors have blocks that were stopped at the largest number of iterations")
     for reason, names in _reasons(report).items():
         console.note(f"skipped, {reason}: {names[0]}" + (f" and {len(names) - 1} more" if len(names) > 1 else ""))
     if report.left_out_files:

@@ -3,26 +3,52 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from enum import Enum
+from typing import Generic, TypeVar
 
+import numpy as np
+import numpy.typing as npt
 import torch
+
+Array = TypeVar("Array", torch.Tensor, npt.NDArray[np.generic])
+
+
+class Status(Enum):
+    """How a solve ended: a sentence, and what to do about it."""
+
+    CONVERGED = "converged", "every block met the solver's own criterion", ""
+    MAX_ITERATIONS = (
+        "max_iterations",
+        "some blocks were stopped at the largest number of iterations; their masks are feasible, and the gap is known",
+        "give more iterations or a smaller tau, or use the exact solver",
+    )
+    NONFINITE = "nonfinite", "scores are infinite or not a number", "such weights cannot be ranked"
+
+    def __init__(self, label: str, sentence: str, remedy: str) -> None:
+        self.label = label
+        self.sentence = sentence
+        self.remedy = remedy
 
 
 @dataclass(frozen=True)
-class MaskSolution:
+class MaskSolution(Generic[Array]):
     """A feasible mask, what it keeps, and a proof of how much any mask could keep.
 
     `upper_bound` is the value of a dual solution (docs/mathematics.md): no mask of the pattern keeps more.
     All sums are float64, in the unit of the scores; gaps are relative, so 0 is a proven optimum.
     """
 
-    mask: torch.Tensor  # bool, the shape and device of the scores; True = keep
+    mask: Array  # bool, the shape, library and device of the scores; True = keep
     objective: float  # Σ of the kept scores
     upper_bound: float  # ≥ objective
     worst_block_gap: float  # the largest gap of any single block
-    solver: str  # "exact" (transposable) or "top-n" (standard)
+    solver: str  # "exact" or "entropic" (transposable), "top-n" (standard)
+    status: Status
     blocks: int  # M×M tiles (transposable) or groups of M (standard)
     repaired: int  # blocks that needed augmenting paths after the dual passes
+    iterations: int  # the most that any block took: row passes (exact), Dykstra iterations (entropic)
     seconds: float  # wall time of the whole solve
+    duals: Array | None = None  # float64 [blocks, 2, M], u then v, in the unit of the scores; only if asked for
 
     @property
     def gap(self) -> float:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
@@ -11,7 +10,13 @@ import torch
 if TYPE_CHECKING:
     from tsenor_cli.masks.solution import MaskSolution
 
-SolveMask = Callable[[torch.Tensor], "MaskSolution"]  # scores [.., out, in] → a solution with a mask of that shape
+
+class SolveMask(Protocol):
+    """masks.solve.solve_mask, bound to a pattern and a solver."""
+
+    def __call__(self, scores: torch.Tensor, /, *, absolute: bool = False) -> MaskSolution[torch.Tensor]:
+        """Scores [.., out, in] → a solution with a mask of that shape; `absolute` takes |scores|."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -22,7 +27,7 @@ class PrunedLayer:
     """
 
     weight: torch.Tensor  # [.., out, in], the input's dtype, +0.0 where pruned
-    solution: MaskSolution
+    solution: MaskSolution[torch.Tensor]
 
 
 class Pruner(Protocol):

@@ -17,5 +17,5 @@ class Magnitude:
 
     def prune(self, weight: torch.Tensor, solve_mask: SolveMask) -> PrunedLayer:
         """See Pruner.prune."""
-        solution = solve_mask(weight.abs())
+        solution = solve_mask(weight, absolute=True)
         return PrunedLayer(apply_mask(weight, solution.mask), solution)

@@ -16,6 +16,7 @@ import torch
 from tsenor_cli import __version__
 from tsenor_cli.checkpoint.plan import Plan, TensorPlan
 from tsenor_cli.masks.apply import count_zeros
+from tsenor_cli.masks.solution import Status
 from tsenor_cli.pruners.base import PrunedLayer
 from tsenor_cli.report.records import Report, Summary, TensorRecord
 from tsenor_cli.specs import PruneSpec
@@ -35,6 +36,7 @@ class Tally:
     worst_block_gap: float = 0.0
     seconds: float = 0.0
     solver: str = ""
+    stopped: bool = False  # a band's solver ran out of iterations
 
     def add(self, weight: torch.Tensor, layer: PrunedLayer) -> None:
         solution = layer.solution
@@ -46,6 +48,7 @@ class Tally:
         self.worst_block_gap = max(self.worst_block_gap, solution.worst_block_gap)
         self.seconds += solution.seconds
         self.solver = solution.solver
+        self.stopped |= solution.status is Status.MAX_ITERATIONS
 
     def record(self, item: TensorPlan) -> TensorRecord:
         return TensorRecord(
@@ -59,6 +62,7 @@ class Tally:
             gap=_gap(self.objective, self.upper_bound),
             worst_block_gap=self.worst_block_gap,
             solver=self.solver,
+            status=(Status.MAX_ITERATIONS if self.stopped else Status.CONVERGED).label,
             seconds=round(self.seconds, 6),
         )
 
@@ -88,6 +92,10 @@ def build_report(spec: PruneSpec, plan: Plan, records: list[TensorRecord], citat
         pattern={"n": spec.pattern.n, "m": spec.pattern.m, "transposable": spec.pattern.transposable},
         options={
             "method": spec.method,
+            "solver": spec.solver,
+            "tau": spec.tau,
+            "iterations": spec.iterations,
+            "local_search": spec.local_search,
             "only": list(spec.only),
             "ignore": list(spec.ignore),
             "min_coverage": spec.min_coverage,

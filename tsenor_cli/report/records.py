@@ -30,6 +30,7 @@ class TensorRecord:
     gap: float | None = None  # (upper_bound - objective) / upper_bound
     worst_block_gap: float | None = None
     solver: str | None = None
+    status: str | None = None  # how the solver ended: masks.solution.Status
     seconds: float | None = None  # in the mask solver
 
 
