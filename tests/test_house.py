@@ -15,7 +15,8 @@ LEAVES = {"specs", "errors", "observer"}  # everyone may import these
 MAY_IMPORT = {
     "__init__": {"pipeline", "masks"},
     "__main__": {"cli"},
-    "cli": {"pipeline", "checkpoint", "pruners", "report"},
+    "cli": {"pipeline", "checkpoint", "pruners", "report", "bench"},
+    "bench": {"masks"},
     "pipeline": {"checkpoint", "pruners", "masks", "report"},
     "checkpoint": set(),
     "pruners": {"masks"},

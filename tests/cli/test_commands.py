@@ -305,3 +305,64 @@ def test_a_killed_run_is_swept_by_the_next(llama, tmp_path):
     )
     assert done.stdout == "llama-2of4-transposable\n"
     assert [path.name for path in work.iterdir()] == ["llama-2of4-transposable"]
+
+
+# --- bench ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+def test_bench_masks(tsenor, tmp_path):
+    picture = tmp_path / "masks.svg"
+    outcome = tsenor(
+        *("bench", "masks", "--nm", "2:4", "--nm", "8:16", "--size", "64x128", "--budget", "0.01", "--repeat", 1),
+        *("--plot", picture),
+    )
+    assert outcome.code == 0
+    result = json.loads(outcome.out)
+    assert result["machine"]["processor"]
+    assert [one["pattern"] for one in result["comparisons"]] == ["2:4", "8:16"]
+    assert all(one["parity"]["worst_shortfall"] <= 1e-6 for one in result["comparisons"])
+    assert "optimum confirmed" in outcome.err
+    assert "plain-torch" in outcome.err
+    assert picture.is_file()
+
+
+@pytest.mark.slow
+def test_bench_masks_of_a_model(tsenor, llama):
+    arguments = ("--model", llama, "--solver", "exact", "--solver", "bi-nm", "--tensors", 2, "--budget", "0.01", "-q")
+    outcome = tsenor("bench", "masks", "--nm", "4:8", *arguments)
+    assert (outcome.code, outcome.err) == (0, "")
+    comparisons = json.loads(outcome.out)["comparisons"]
+    assert len(comparisons) == 2
+    assert all(one["problem"]["name"].endswith("_proj.weight") for one in comparisons)
+
+
+def test_bench_mistakes(tsenor, llama):
+    fails(tsenor("bench", "masks", "--size", "big"), 2, "ROWSxCOLUMNS")
+    fails(tsenor("bench", "masks", "--nm", "4:4"), 2, "not possible")
+    fails(tsenor("bench", "masks", "--nm", "2:4", "--size", "6x6", "-q"), 2, "does not divide")
+    fails(tsenor("bench", "masks", "--model", llama, "--nm", "31:62"), 2, "no prunable tensor")
+
+
+# --- solvers ----------------------------------------------------------------------------------------------------------
+
+
+def test_prune_with_the_entropic_solver(tsenor, llama):
+    outcome = tsenor("prune", llama, "--nm", "8:16", "--solver", "entropic", "--iterations", 5, "--json", "-o", "x")
+    report = json.loads(outcome.out)
+    assert outcome.code == 0
+    assert "stopped at the largest number of iterations" in outcome.err
+    assert report["options"]["solver"] == "entropic"
+    assert report["options"]["iterations"] == 5
+    pruned = [tensor for tensor in report["tensors"] if tensor["action"] == "pruned"]
+    assert {tensor["solver"] for tensor in pruned} == {"entropic"}
+    assert {tensor["status"] for tensor in pruned} == {"max_iterations"}
+    assert 0 < report["summary"]["gap"] < 0.05
+    assert tsenor("verify", "x").code == 0
+
+
+def test_options_of_the_other_solver(tsenor, llama, tmp_path):
+    fails(tsenor("prune", llama, "--nm", "2:4", "--tau", 10), 2, "not an option of the exact solver")
+    fails(tsenor("prune", llama, "--nm", "2:4", "--solver", "entropic", "--tau", -1), 2, "tau is -1")
+    fails(tsenor("prune", llama, "--nm", "2:4", "--standard", "--solver", "entropic"), 2, "transposable patterns")
+    assert untouched(tmp_path / "work")

@@ -17,6 +17,7 @@ from typing import NoReturn
 import click
 
 from tsenor_cli import __version__
+from tsenor_cli.cli.bench import bench
 from tsenor_cli.cli.inspect import inspect
 from tsenor_cli.cli.prune import prune
 from tsenor_cli.cli.verify import verify
@@ -42,6 +43,7 @@ def cli() -> None:
 cli.add_command(prune)
 cli.add_command(verify)
 cli.add_command(inspect)
+cli.add_command(bench)
 
 
 def run(arguments: Sequence[str]) -> int:
