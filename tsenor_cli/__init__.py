@@ -9,17 +9,32 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from tsenor_cli.masks.solution import MaskSolution, Status
     from tsenor_cli.masks.solve import solve_mask
+    from tsenor_cli.masks.torch_prune import TransposableNM
     from tsenor_cli.pipeline import plan_prune, prune, verify
     from tsenor_cli.specs import NMPattern, PruneSpec
 
 __version__ = "0.1.0"
 
-__all__ = ["NMPattern", "PruneSpec", "plan_prune", "prune", "solve_mask", "verify"]
+__all__ = [
+    "MaskSolution",
+    "NMPattern",
+    "PruneSpec",
+    "Status",
+    "TransposableNM",
+    "plan_prune",
+    "prune",
+    "solve_mask",
+    "verify",
+]
 
 _HOMES = {
+    "MaskSolution": "masks.solution",
     "NMPattern": "specs",
     "PruneSpec": "specs",
+    "Status": "masks.solution",
+    "TransposableNM": "masks.torch_prune",
     "plan_prune": "pipeline",
     "prune": "pipeline",
     "solve_mask": "masks.solve",
