@@ -37,12 +37,12 @@ def test_same_bits_as_a_sort(n, m, width, furthest, monkeypatch):
     monkeypatch.setattr(passes, "_vector_width", lambda: width)
     with compiling():
         address = passes.dual_passes_address.__wrapped__(m, n)
-    function = ctypes.CFUNCTYPE(None, POINTER, POINTER, POINTER, ctypes.c_int64, ctypes.c_int64)(address)
+    function = ctypes.CFUNCTYPE(None, *[POINTER] * 3, *[ctypes.c_int64] * 5)(address)
     q, u, v = (lanes(rows, np.int32) for rows in (m * m, m, m))
     q[:] = np.random.default_rng(m).integers(0, 1 << 28, q.shape)
     q[:, 3] = 1 << 26  # a lane of equal scores
     q[:, 5] &= 3 << 26
-    function(q.ctypes.data, u.ctypes.data, v.ctypes.data, 4, furthest)
+    function(q.ctypes.data, u.ctypes.data, v.ctypes.data, 4, furthest, q.ctypes.data, 64, 2)  # and q again, ahead
     want_u, want_v = expected(q.reshape(m, m, LANES), n, 4, furthest)
     assert np.array_equal(u, want_u)
     assert np.array_equal(v, want_v)

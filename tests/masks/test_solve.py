@@ -203,7 +203,7 @@ def test_duals_are_those_of_the_blocks_in_order(shape):
     assert solution.duals.dtype == torch.float64
     blocks, masks = to_blocks(scores, 8), to_blocks(solution.mask, 8)
     bound = certificate.upper_bound(blocks, *solution.duals.unbind(1), 4)
-    torch.testing.assert_close(bound, certificate.objective(blocks, masks), rtol=1e-12, atol=0)
+    torch.testing.assert_close(bound, certificate.objective(blocks, masks), rtol=1e-9, atol=0)
     assert bound.sum().item() == pytest.approx(solution.upper_bound, rel=1e-12)
     assert solve_mask(scores, "4:8").duals is None
 

@@ -33,7 +33,7 @@ def stripes_are_right(mask: Mask, n: int, m: int, height: int) -> bool:
     def chunk(first: int, last: int, _: None) -> None:
         census(bytes_, words, n, m // size, height, first, last, verdicts)
 
-    over_chunks(chunk, stripes, max(1, CHUNK_SCORES // (height * mask.shape[1])), lambda: None)
+    over_chunks(chunk, stripes, max(1, CHUNK_SCORES // (height * mask.shape[1])), (None, lambda: None))
     return bool(verdicts.all())
 
 

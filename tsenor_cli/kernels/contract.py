@@ -26,6 +26,9 @@ DualArray: TypeAlias = npt.NDArray[np.float64]
 Mask: TypeAlias = npt.NDArray[np.bool_]
 
 
+CERTIFY = True  # scripts/bench_masks.py compiles the exact solver without it, to see what the certificate costs
+
+
 class UnusableScoresError(ValueError):
     """A score is negative, infinite or not a number. What to tell the user about it is for the caller to find out."""
 

@@ -16,7 +16,7 @@ import numpy.typing as npt
 from tsenor_cli.kernels.compilation import compiled, compiling
 from tsenor_cli.kernels.contract import Mask, Scores, Tally, Untyped, UnusableScoresError
 from tsenor_cli.kernels.dykstra import ITERATIONS, T, Transport, dykstra, transport, transport_pointers
-from tsenor_cli.kernels.groups import DOWN, find_places, gather, quantise, scatter
+from tsenor_cli.kernels.groups import find_places, gather, quantise, scatter
 from tsenor_cli.kernels.lanes import (
     LANES,
     as_int32,
@@ -29,11 +29,11 @@ from tsenor_cli.kernels.lanes import (
     spread,
     store,
 )
-from tsenor_cli.kernels.passes import LIMIT, call_dual_passes, dual_passes_address
+from tsenor_cli.kernels.passes import LIMIT, Ahead, call_dual_passes, dual_passes_address
 from tsenor_cli.kernels.rounding import Selection, greedy, local_search, make_keys, selection, selection_pointers
 from tsenor_cli.kernels.settle import FINER, VISIBLE_SHIFT, exact_scores, weigh
 from tsenor_cli.kernels.threads import CHUNK_SCORES, over_chunks
-from tsenor_cli.kernels.ties import SCORE_BITS, tie_table
+from tsenor_cli.kernels.ties import tie_table
 
 DEFAULT_ITERATIONS = 300
 # What the compiled code adds up, [chunks, 5] float64.
@@ -77,7 +77,7 @@ def solve_entropic(
         ):
             raise UnusableScoresError
 
-    over_chunks(chunk, groups, size, lambda: _scratch(scores.dtype, n, m))
+    over_chunks(chunk, groups, size, (("entropic", scores.dtype, n, m), lambda: _scratch(scores.dtype, n, m)))
     return Tally(
         objective=math.fsum(statistics[:, OBJECTIVE]),
         excess=math.fsum(statistics[:, EXCESS]),
@@ -160,7 +160,7 @@ def _solve_groups(
     for number in range(first, last):
         block, used = number * LANES, min(LANES, blocks - number * LANES)
         find_places(block, used, columns, m, places)
-        gather(pointer(scores), columns, m, places, LANES * m, pointer(group.raw))
+        gather(pointer(scores), columns, m, places, pointer(group.raw))
         if not quantise(pointer(group.raw), absolute, pointer(group.ties), m, q, pointer(group.factors)):
             return False
         met = dykstra(q, n, m, tau, most, moved)
@@ -170,7 +170,7 @@ def _solve_groups(
         certify(absolute, dual_passes, m, moved, chosen, group)
         for t in range(used):
             objective = group.sums[0, t]
-            excess = group.sums[1, t] * 2.0**-SCORE_BITS * group.factors[DOWN, t] * group.factors[DOWN + 1, t]
+            excess = group.sums[1, t]
             totals[OBJECTIVE] += objective
             totals[EXCESS] += excess
             if excess > 0.0:
@@ -188,10 +188,11 @@ def certify(absolute: bool, dual_passes: int, m: int, moved: Transport, chosen: 
     for k in range(m):
         dual = smaller(larger(load(moved.v, k) * scale, spread(np.float32(-LIMIT))), limit)
         store(v, k, as_int32(dual))
-    call_dual_passes(dual_passes, pointer(group.q), u, v, 1, 0)
+    call_dual_passes(dual_passes, pointer(group.q), u, v, 1, 0, Ahead(0, 0, 0))
     for k in range(m):
         store(pointer(group.exact_u), k, as_int64(load(u, k)) << spread(FINER))
         store(pointer(group.exact_v), k, as_int64(load(v, k)) << spread(FINER))
-    w, raw = pointer(group.w), pointer(group.raw)
-    exact_scores(raw, absolute, pointer(group.factors), pointer(group.no_ties), m, w)
-    weigh(raw, absolute, w, chosen.kept, m, pointer(group.exact_u), pointer(group.exact_v), pointer(group.sums))
+    w, raw, no_ties, factors = pointer(group.w), pointer(group.raw), pointer(group.no_ties), pointer(group.factors)
+    exact_scores(raw, absolute, factors, no_ties, m, w)
+    exact_u, exact_v = pointer(group.exact_u), pointer(group.exact_v)
+    weigh(raw, absolute, w, no_ties, chosen.kept, m, exact_u, exact_v, factors, pointer(group.sums))

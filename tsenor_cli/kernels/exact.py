@@ -15,12 +15,13 @@ import numpy as np
 import numpy.typing as npt
 
 from tsenor_cli.kernels.compilation import compiled, compiling
-from tsenor_cli.kernels.contract import DualArray, Mask, Pointer, Scores, Tally, Untyped, UnusableScoresError
+from tsenor_cli.kernels.contract import CERTIFY, DualArray, Mask, Pointer, Scores, Tally, Untyped, UnusableScoresError
 from tsenor_cli.kernels.groups import DOWN, Q_BITS, UP, find_places, gather, keep, quantise, scatter
-from tsenor_cli.kernels.lanes import LANES, first_bit, lanes, load, pointer, spread, store, sum_of
-from tsenor_cli.kernels.passes import LIMIT, call_dual_passes, dual_passes_address
+from tsenor_cli.kernels.lanes import CACHE_LINE, LANES, first_bit, lanes, load, offset, pointer, spread, store, sum_of
+from tsenor_cli.kernels.mend import mend, weigh_block
+from tsenor_cli.kernels.passes import LIMIT, Ahead, call_dual_passes, dual_passes_address
 from tsenor_cli.kernels.repair import IMPOSSIBLE, Workspace, pointers, workspace
-from tsenor_cli.kernels.settle import Queue, put_in_queue, queue, settle
+from tsenor_cli.kernels.settle import FINER, NOTICEABLE, Queue, put_in_queue, queue, settle
 from tsenor_cli.kernels.threads import CHUNK_SCORES, over_chunks
 from tsenor_cli.kernels.ties import SCORE_BITS, tie_table
 
@@ -28,7 +29,7 @@ UNUSABLE = -2  # returned beside IMPOSSIBLE
 # What the compiled code adds up, [chunks, 4] float64.
 OBJECTIVE, EXCESS, WORST_GAP, REPAIRED = range(4)
 # For m up to: row passes, row passes from given duals, largest over-relaxation in sixteenths.
-_SCHEDULES = ((4, 6, 3, 0), (8, 7, 3, 6), (16, 9, 4, 6), (32, 12, 4, 8), (64, 15, 5, 10))
+_SCHEDULES = ((4, 6, 3, 0), (8, 7, 3, 6), (16, 8, 4, 6), (32, 10, 4, 8), (64, 13, 5, 10))
 _NO_DUALS: DualArray = np.empty((0, 2, 0))
 
 
@@ -83,7 +84,7 @@ def solve_transposable(
         if status == IMPOSSIBLE:
             raise RuntimeError(f"no augmenting path in a {n}:{m} block: please report this")
 
-    over_chunks(chunk, groups, size, lambda: _scratch(scores.dtype, ties))
+    over_chunks(chunk, groups, size, (("exact", scores.dtype, n, m), lambda: scratch_for(scores.dtype, ties)))
     return Tally(
         objective=math.fsum(statistics[:, OBJECTIVE]),
         excess=math.fsum(statistics[:, EXCESS]),
@@ -118,8 +119,8 @@ class _Group(NamedTuple):
     objective: Untyped  # [1, LANES] float64, a running sum
 
 
-def _scratch(dtype: np.dtype[Any], ties: npt.NDArray[np.int64]) -> tuple[_Group, Queue, Workspace]:
-    """What one thread writes to: allocated once, and never in compiled code."""
+def scratch_for(dtype: np.dtype[Any], ties: npt.NDArray[np.int64]) -> tuple[_Group, Queue, Workspace]:
+    """Allocate what one thread writes to: once, and never in compiled code."""
     m = len(ties)
     group = _Group(
         places=np.zeros(LANES, np.int64),
@@ -141,7 +142,7 @@ def _compile(dtype: np.dtype[Any], m: int, n: int) -> tuple[Untyped, int]:
     nothing, no_mask, ties = np.empty((0, m), dtype), np.empty((0, m), np.uint8), tie_table(n, m)
     with compiling():
         address = dual_passes_address(m, n)
-        scratch = _scratch(dtype, ties)
+        scratch = scratch_for(dtype, ties)
         _solve_groups(nothing, False, n, m, address, 1, 0, 0, 0, no_mask, _NO_DUALS, _NO_DUALS, np.empty(4), *scratch)
     return _solve_groups, address
 
@@ -174,33 +175,91 @@ def _solve_groups(
     for number in range(first, last):
         block, used = number * LANES, min(LANES, blocks - number * LANES)
         find_places(block, used, columns, m, places)
-        gather(pointer(scores), columns, m, places, LANES * m, raw)
+        gather(pointer(scores), columns, m, places, raw)
         if not quantise(raw, absolute, ties, m, q, factors):
             return UNUSABLE
         start_duals(warm, block, used, factors, m, v)
-        call_dual_passes(dual_passes, q, u, v, passes, furthest)
-        doubtful = keep(raw, absolute, ties, q, u, v, n, m, used, kept, objective, pointer(group.counts))
+        ahead = next_group(scores, block + 2 * LANES, m)  # one group ahead is too late: measured
+        call_dual_passes(dual_passes, q, u, v, passes, furthest, ahead)
+        doubtful, uneven = keep(raw, absolute, ties, q, u, v, n, m, used, kept, objective, pointer(group.counts))
         scatter(kept, columns, m, places, pointer(mask))
         if len(duals) > 0:
             for t in range(used):
-                put_duals(u, v, t, 2.0**-Q_BITS, factors, duals[block + t])
+                put_duals(u, v, t, LANES, 2.0**-Q_BITS, factors, t, duals[block + t])
+        while uneven:
+            t = first_bit(uneven)
+            uneven &= uneven - 1
+            noticeable = mend_lane(scores, absolute, columns, n, m, t, block + t, mask, group, work, duals, totals)
+            if noticeable == IMPOSSIBLE:
+                return IMPOSSIBLE
+            doubtful |= noticeable << t
         while doubtful:
             t = first_bit(doubtful)
             doubtful &= doubtful - 1
             put_in_queue(queue, waiting, block + t, places[t], u, v, t, m)
-            waiting += 1
-            if waiting == LANES:
-                if settle_all(scores, absolute, columns, n, m, waiting, mask, queue, work, duals, totals) == IMPOSSIBLE:
-                    return IMPOSSIBLE
-                waiting = 0
+            waiting = settle_queue(
+                LANES, scores, absolute, columns, n, m, waiting + 1, mask, queue, work, duals, totals
+            )
+            if waiting == IMPOSSIBLE:
+                return IMPOSSIBLE
     totals[OBJECTIVE] += sum_of(load(objective, 0))
-    if waiting > 0:
-        return int(settle_all(scores, absolute, columns, n, m, waiting, mask, queue, work, duals, totals))
+    return int(settle_queue(1, scores, absolute, columns, n, m, waiting, mask, queue, work, duals, totals))
+
+
+@compiled
+def next_group(scores: Scores, block: int, m: int) -> Ahead:
+    """Where LANES blocks from `block` on lie, if there are so many side by side."""
+    across = scores.shape[1] // m
+    first = (block // across * scores.shape[1] + block % across) * m
+    return Ahead(
+        scores.ctypes.data + first * scores.itemsize,
+        scores.shape[1] * scores.itemsize,
+        LANES * m * scores.itemsize // CACHE_LINE,
+    )
+
+
+@compiled
+def mend_lane(
+    scores: Scores,
+    absolute: bool,
+    columns: int,
+    n: int,
+    m: int,
+    t: int,
+    block: int,
+    mask: Mask,
+    group: _Group,
+    work: Workspace,
+    duals: DualArray,
+    totals: npt.NDArray[np.float64],
+) -> int:
+    """Mend the block of lane t, of which only the columns are uneven, and add it to totals.
+
+    Returns 0, or 1 if it is left out because its gap is noticeable: the queue can do better; or IMPOSSIBLE.
+    """
+    u, v, factors, lines = pointer(group.u), pointer(group.v), pointer(group.factors), -(-m // LANES) * LANES
+    for k in range(m):
+        work.duals[k], work.duals[lines + k] = np.int64(v[k * LANES + t]) << FINER, np.int64(u[k * LANES + t]) << FINER
+    tile, target = offset(pointer(scores), group.places[t]), offset(pointer(mask), group.places[t])
+    factor, other_factor = factors[UP * LANES + t], factors[(UP + 1) * LANES + t] * 2.0**FINER
+    if mend(tile, absolute, target, columns, n, m, factor, other_factor, False, work) == IMPOSSIBLE:
+        return IMPOSSIBLE
+    if CERTIFY:
+        objective, over = weigh_block(tile, absolute, columns, m, work)
+        excess = over * 2.0**-SCORE_BITS * factors[DOWN * LANES + t] * factors[(DOWN + 1) * LANES + t]
+        if excess > NOTICEABLE * objective:
+            return 1
+        add_to(totals, objective, excess)
+    totals[REPAIRED] += 1
+    if len(duals) > 0:
+        rows = offset(work.duals, lines)
+        put_duals(rows, work.duals, 0, 1, 2.0**-SCORE_BITS, factors, t, duals[block])
     return 0
 
 
 @compiled
-def settle_all(
+def settle_queue(
+    least: int,
     scores: Scores,
     absolute: bool,
     columns: int,
@@ -213,23 +272,28 @@ def settle_all(
     duals: DualArray,
     totals: npt.NDArray[np.float64],
 ) -> int:
-    """Settle what waits in the queue, and add it to totals; returns 0 or IMPOSSIBLE."""
+    """Settle what waits in the queue, if it is `least` or more; returns what waits now, or IMPOSSIBLE."""
+    if waiting < least:
+        return waiting
     repaired = settle(pointer(scores), absolute, columns, n, m, waiting, pointer(mask), queue, work)
     if repaired == IMPOSSIBLE:
         return IMPOSSIBLE
     totals[REPAIRED] += repaired
-    factors = pointer(queue.factors)
     for t in range(waiting):
-        objective = queue.sums[0, t]
-        excess = queue.sums[1, t] * 2.0**-SCORE_BITS * queue.factors[DOWN, t] * queue.factors[DOWN + 1, t]
-        totals[OBJECTIVE] += objective
-        totals[EXCESS] += excess
-        if excess > 0.0:
-            totals[WORST_GAP] = max(totals[WORST_GAP], excess / (objective + excess))
+        add_to(totals, queue.sums[0, t], queue.sums[1, t])
         if len(duals) > 0:
-            u, v = pointer(queue.exact_u), pointer(queue.exact_v)
-            put_duals(u, v, t, 2.0**-SCORE_BITS, factors, duals[queue.blocks[t]])
+            u, v, factors = pointer(queue.exact_u), pointer(queue.exact_v), pointer(queue.factors)
+            put_duals(u, v, t, LANES, 2.0**-SCORE_BITS, factors, t, duals[queue.blocks[t]])
     return 0
+
+
+@compiled
+def add_to(totals: npt.NDArray[np.float64], objective: float, excess: float) -> None:
+    """Count one block."""
+    totals[OBJECTIVE] += objective
+    totals[EXCESS] += excess
+    if excess > 0.0:
+        totals[WORST_GAP] = max(totals[WORST_GAP], excess / (objective + excess))
 
 
 @compiled
@@ -248,9 +312,11 @@ def start_duals(warm: DualArray, block: int, used: int, factors: Pointer, m: int
 
 
 @compiled
-def put_duals(u: Pointer, v: Pointer, t: int, own_unit: float, factors: Pointer, duals: DualArray) -> None:
-    """Write lane t of u, v [m, LANES], which count in own_unit, to duals [2, m] in the unit of the scores."""
+def put_duals(
+    u: Pointer, v: Pointer, first: int, step: int, own_unit: float, factors: Pointer, t: int, duals: DualArray
+) -> None:
+    """Write u, v [m], every step-th from `first` on, which count in own_unit, to duals [2, m] in the scores' unit."""
     one_factor, other_factor = factors[DOWN * LANES + t], factors[(DOWN + 1) * LANES + t]
     for k in range(duals.shape[1]):
-        duals[0, k] = u[k * LANES + t] * own_unit * one_factor * other_factor
-        duals[1, k] = v[k * LANES + t] * own_unit * one_factor * other_factor
+        duals[0, k] = u[first + k * step] * own_unit * one_factor * other_factor
+        duals[1, k] = v[first + k * step] * own_unit * one_factor * other_factor

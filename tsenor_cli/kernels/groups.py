@@ -9,7 +9,7 @@ from __future__ import annotations
 import numpy as np
 
 from tsenor_cli.kernels.compilation import compiled
-from tsenor_cli.kernels.contract import Pointer, Untyped
+from tsenor_cli.kernels.contract import CERTIFY, Pointer, Untyped
 from tsenor_cli.kernels.lanes import (
     LANES,
     as_bits,
@@ -57,10 +57,10 @@ def find_places(block: int, used: int, columns: int, m: int, places: Pointer) ->
 
 
 @compiled
-def gather(scores: Pointer, columns: int, m: int, places: Pointer, ahead: int, raw: Pointer) -> None:
-    """Bring blocks of scores [rows, columns] into the lanes of raw [m * m, LANES]. See take_columns for `ahead`."""
+def gather(scores: Pointer, columns: int, m: int, places: Pointer, raw: Pointer) -> None:
+    """Bring blocks of scores [rows, columns] into the lanes of raw [m * m, LANES]."""
     for i in range(m):
-        gather_line(offset(scores, i * columns), m, places, ahead, offset(raw, i * m * LANES))
+        gather_line(offset(scores, i * columns), m, places, offset(raw, i * m * LANES))
 
 
 @compiled
@@ -71,23 +71,23 @@ def scatter(kept: Pointer, columns: int, m: int, places: Pointer, mask: Pointer)
 
 
 @compiled
-def gather_line(scores: Pointer, m: int, places: Pointer, ahead: int, raw: Pointer) -> None:
+def gather_line(scores: Pointer, m: int, places: Pointer, raw: Pointer) -> None:
     """Bring one line of m scores of every block into raw [m, LANES], as many at a time as the width of a shuffle."""
     if m % 16 == 0:
         for j in range(0, m, 16):
-            take_columns(offset(scores, j), places, ahead, raw, j, 16)
+            take_columns(offset(scores, j), places, raw, j, 16)
     elif m % 8 == 0:
         for j in range(0, m, 8):
-            take_columns(offset(scores, j), places, ahead, raw, j, 8)
+            take_columns(offset(scores, j), places, raw, j, 8)
     elif m % 4 == 0:
         for j in range(0, m, 4):
-            take_columns(offset(scores, j), places, ahead, raw, j, 4)
+            take_columns(offset(scores, j), places, raw, j, 4)
     elif m % 2 == 0:
         for j in range(0, m, 2):
-            take_columns(offset(scores, j), places, ahead, raw, j, 2)
+            take_columns(offset(scores, j), places, raw, j, 2)
     else:
         for j in range(m):
-            take_columns(offset(scores, j), places, ahead, raw, j, 1)
+            take_columns(offset(scores, j), places, raw, j, 1)
 
 
 @compiled
@@ -165,13 +165,14 @@ def keep(
     kept: Pointer,
     objective: Pointer,
     counts: Pointer,
-) -> int:
-    """Keep what lies above the duals; return the lanes, as bits, where that does not prove an optimum.
+) -> tuple[int, int]:
+    """Keep what lies above the duals; return the lanes, as bits, that are in doubt, and those with uneven columns.
 
-    A proof needs n in every row and column, and no score too near to its threshold u_i + v_j. As q is rounded down, a
-    score above it is so by one or more; one below it by less than one might be lifted over it by its tie term.
-    kept [m * m, LANES] gets 0 or 1. The kept scores of the blocks with a proof are added to objective [1, LANES], a
-    running sum. counts [m, LANES] is scratch. Only `used` lanes count.
+    An optimum is proven by n in every row and column, and no score too near to its threshold u_i + v_j. As q is rounded
+    down, a score above it is so by one or more; one below it by less than one might be lifted over it by its tie term.
+    In doubt is where a score is too near or a row does not hold n; uneven are the columns of the others.
+    kept [m * m, LANES] gets 0 or 1. The kept scores of the proven blocks are added to objective [1, LANES], a running
+    sum. counts [m, LANES] is scratch. Only `used` lanes count.
     """
     none, wanted, total, one = spread(np.uint8(0)), spread(np.uint8(n)), spread(0.0), spread(np.int32(1))
     for j in range(m):
@@ -188,11 +189,14 @@ def keep(
             store(kept, k, count)
             along_row = along_row + count
             store(counts, j, load(counts, j) + count)
-            exact = as_float64(as_float(from_bits(as_bits(load(raw, k), absolute), load(raw, k))))
-            total = total + where(above, exact, spread(0.0))
+            if CERTIFY:
+                exact = as_float64(as_float(from_bits(as_bits(load(raw, k), absolute), load(raw, k))))
+                total = total + where(above, exact, spread(0.0))
         doubtful = doubtful | (along_row != wanted)
+    uneven = from_mask(0)
     for j in range(m):
-        doubtful = doubtful | (load(counts, j) != wanted)
-    doubts = int(bits(doubtful)) | -(1 << used)
-    store(objective, 0, load(objective, 0) + where(from_mask(~doubts), total, spread(0.0)))
-    return doubts & ((1 << used) - 1)
+        uneven = uneven | (load(counts, j) != wanted)
+    idle, doubts = -(1 << used), int(bits(doubtful))
+    unproven = doubts | int(bits(uneven))
+    store(objective, 0, load(objective, 0) + where(from_mask(~(unproven | idle)), total, spread(0.0)))
+    return doubts & ~idle, unproven & ~doubts & ~idle

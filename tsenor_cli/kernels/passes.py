@@ -9,14 +9,15 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import cache
-from typing import Any
+from typing import Any, NamedTuple
 
 from llvmlite import binding, ir  # type: ignore[import-untyped]
 from numba import types
+from numba.core import cgutils
 
 from tsenor_cli.kernels.compilation import compiled_callback
 from tsenor_cli.kernels.contract import Untyped
-from tsenor_cli.kernels.lanes import LANES, call_llvm, intrinsic, offset, splat
+from tsenor_cli.kernels.lanes import CACHE_LINE, LANES, call_llvm, intrinsic, offset, splat
 from tsenor_cli.kernels.network import selection_network
 
 LIMIT = 1 << 29  # duals stay within ± this, so that nothing overflows when they are added to scores
@@ -24,29 +25,51 @@ RAMP = 3  # sixteenths by which a pass goes further than the one before
 _INTS: Untyped = types.CPointer(types.int32)  # type: ignore[no-untyped-call]
 
 
+class Ahead(NamedTuple):
+    """Memory to bring into the cache during the passes, because the hardware does not guess the next tiles.
+
+    The passes are where there is time for it: asked for all at once, it would hold up everything else.
+    """
+
+    start: int  # the address
+    stride: int  # bytes from a row to the next; m rows
+    lines: int  # cache lines of a row; 0 for nothing
+
+
 @cache
 def dual_passes_address(m: int, n: int) -> int:
     """Compile or load the dual passes of one pattern; the address is for `call_dual_passes`.
 
-    The function takes q [m, m, LANES], u [m, LANES], v [m, LANES] (int32), a number of row passes and the largest
-    over-relaxation in sixteenths; it starts from v and leaves in u and v the duals after that many row passes with
-    column passes between them. A pass goes further than to the middle, by RAMP sixteenths of its way more than the
-    pass before (docs/mathematics.md); the first two passes and the last one do not.
+    The function takes q [m, m, LANES], u [m, LANES], v [m, LANES] (int32), a number of row passes, the largest
+    over-relaxation in sixteenths, and an Ahead; it starts from v and leaves in u and v the duals after that many row
+    passes with column passes between them. A pass goes further than to the middle, by RAMP sixteenths of its way more
+    than the pass before (docs/mathematics.md); the first two passes and the last one do not.
     """
     width = _vector_width()
-    lines = m if m <= 8 else 1  # at a time: as long as all that they share stays in registers
+    together = m if m <= 8 else 1  # lines at a time: as long as all that they share stays in registers
 
-    def dual_passes(q: Untyped, u: Untyped, v: Untyped, passes: Untyped, furthest: Untyped) -> None:
-        for half in range(2 * passes - 1):
+    def dual_passes(
+        q: Untyped,
+        u: Untyped,
+        v: Untyped,
+        passes: Untyped,
+        furthest: Untyped,
+        start: Untyped,
+        stride: Untyped,
+        lines: Untyped,
+    ) -> None:
+        halves = 2 * passes - 1
+        share = -(-lines // halves)  # cache lines to ask for in each row during one half pass
+        for half in range(halves):
             # One loop for both directions, so that the network is compiled once.
             along_rows = half % 2 == 0
             line = m * LANES if along_rows else LANES
             step = LANES if along_rows else m * LANES
             fixed = v if along_rows else u
             found = u if along_rows else v
-            beyond = min((half // 2) * RAMP, furthest) if half < 2 * passes - 2 else 0
-            for lane in range(0, LANES, width):
-                for k in range(0, m, lines):
+            beyond = min((half // 2) * RAMP, furthest) if half < halves - 1 else 0
+            for k in range(0, m, together):
+                for lane in range(0, LANES, width):
                     _relax(
                         offset(q, k * line + lane),
                         line,
@@ -56,25 +79,51 @@ def dual_passes_address(m: int, n: int) -> int:
                         beyond,
                         m,
                         n,
-                        lines,
+                        together,
                         width,
                     )
+                for row in range(k, k + together):
+                    for part in range(half * share, min((half + 1) * share, lines)):
+                        _prefetch(start + row * stride + part * CACHE_LINE)
 
-    return compiled_callback(types.void(_INTS, _INTS, _INTS, types.intp, types.intp), dual_passes)
+    count = types.intp
+    return compiled_callback(types.void(_INTS, _INTS, _INTS, count, count, count, count, count), dual_passes)
 
 
 @intrinsic
 def call_dual_passes(
-    _typing: Untyped, address: Untyped, q: Untyped, u: Untyped, v: Untyped, passes: Untyped, furthest: Untyped
+    _typing: Untyped,
+    address: Untyped,
+    q: Untyped,
+    u: Untyped,
+    v: Untyped,
+    passes: Untyped,
+    furthest: Untyped,
+    ahead: Untyped,
 ) -> Untyped:
     """Call the function behind an address from compiled code."""
 
     def emit(context: Untyped, builder: Untyped, _signature: Untyped, args: Untyped) -> Untyped:
-        of = ir.FunctionType(ir.VoidType(), [arg.type for arg in args[1:]])
-        builder.call(builder.inttoptr(args[0], of.as_pointer()), args[1:])
+        values = [*args[1:6], *(builder.extract_value(args[6], k) for k in range(3))]
+        of = ir.FunctionType(ir.VoidType(), [value.type for value in values])
+        builder.call(builder.inttoptr(args[0], of.as_pointer()), values)
         return context.get_dummy_value()
 
-    return types.void(address, q, u, v, passes, furthest), emit
+    return types.void(address, q, u, v, passes, furthest, ahead), emit
+
+
+@intrinsic
+def _prefetch(_typing: Untyped, address: Untyped) -> Untyped:
+    """Ask for the cache line at an address: to be read, into level 2."""
+
+    def emit(context: Untyped, builder: Untyped, _signature: Untyped, args: Untyped) -> Untyped:
+        word, pointer = ir.IntType(32), builder.inttoptr(args[0], ir.IntType(8).as_pointer())
+        kind = ir.FunctionType(ir.VoidType(), [pointer.type, word, word, word])
+        function = cgutils.get_or_insert_function(builder.module, kind, "llvm.prefetch.p0")  # type: ignore[no-untyped-call]
+        builder.call(function, [pointer, word(0), word(2), word(1)])
+        return context.get_dummy_value()
+
+    return types.void(address), emit
 
 
 @intrinsic

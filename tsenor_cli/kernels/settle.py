@@ -12,8 +12,8 @@ import numpy as np
 import numpy.typing as npt
 
 from tsenor_cli.kernels.compilation import compiled
-from tsenor_cli.kernels.contract import Pointer, Untyped
-from tsenor_cli.kernels.groups import Q_BITS, UP, gather, quantise, scatter
+from tsenor_cli.kernels.contract import CERTIFY, Pointer, Untyped
+from tsenor_cli.kernels.groups import DOWN, Q_BITS, UP, gather, quantise, scatter
 from tsenor_cli.kernels.lanes import (
     LANES,
     as_bits,
@@ -22,6 +22,7 @@ from tsenor_cli.kernels.lanes import (
     as_float64,
     as_int64,
     bits,
+    first_bit,
     from_bits,
     from_mask,
     lanes,
@@ -34,12 +35,14 @@ from tsenor_cli.kernels.lanes import (
     store,
     where,
 )
-from tsenor_cli.kernels.repair import IMPOSSIBLE, NEVER, Workspace, choose, put_mask, repair, take_block
+from tsenor_cli.kernels.mend import mend
+from tsenor_cli.kernels.repair import IMPOSSIBLE, NEVER, Workspace
 from tsenor_cli.kernels.ties import SCORE_BITS
 
 VISIBLE_SHIFT = 15  # the dual passes see the upper TIE_BITS - 15 bits of a tie term
 FINER = SCORE_BITS - Q_BITS  # bits by which w sees more than the dual passes
 SWEEPS = 12  # of `price`: enough where it can succeed at all
+NOTICEABLE = 1e-9  # a gap that is worth the search for better duals
 
 
 class Queue(NamedTuple):
@@ -116,44 +119,62 @@ def settle(
     places, last = pointer(queue.places), waiting - 1
     for lane in range(waiting, LANES):  # idle lanes repeat the last block
         put_in_queue(queue, lane, queue.blocks[last], places[last], pointer(queue.u), pointer(queue.v), last, m)
-    gather(scores, columns, m, places, 0, raw)
+    gather(scores, columns, m, places, raw)
     quantise(raw, absolute, pointer(queue.visible), m, q, factors)
     exact_scores(raw, absolute, factors, ties, m, w)
     unproven = guess(q, pointer(queue.u), pointer(queue.v), n, m, kept)
     for k in range(m):
         store(v, k, as_int64(load(pointer(queue.v), k)) << spread(FINER))
     unproven |= ~price(w, kept, m, u, v)
-    todo, repaired = (unproven | uneven(kept, n, m)) & ((1 << waiting) - 1), 0
+    uneven = (unproven | uneven_columns(kept, n, m)) & ((1 << waiting) - 1)
     scatter(kept, columns, m, places, mask)
-    for t in range(LANES):
-        if (todo >> t) & 1:
-            place = queue.places[t]
-            take_block(
-                offset(scores, place),
-                absolute,
-                offset(mask, place),
-                columns,
-                factors[UP * LANES + t],
-                factors[(UP + 1) * LANES + t] * 2.0**FINER,
-                m,
-                work,
-            )
-            rows = offset(work.duals, -(-m // LANES) * LANES)
-            for k in range(m):
-                work.duals[k], rows[k] = v[k * LANES + t], u[k * LANES + t]
-            if (unproven >> t) & 1:
-                choose(work, m, n)
-            paths = repair(work, m, n)
-            if paths == IMPOSSIBLE:
-                return IMPOSSIBLE
-            repaired += paths > 0
-            put_mask(offset(mask, place), columns, m, work)
-            for k in range(m):
-                v[k * LANES + t], u[k * LANES + t] = work.duals[k], rows[k]
-    if todo:
-        gather(mask, columns, m, places, 0, kept)
-    without_ties(w, kept, ties, m, u, v, pointer(queue.tied_u), pointer(queue.tied_v))
-    weigh(raw, absolute, w, kept, m, u, v, pointer(queue.sums))
+    repaired = mend_lanes(scores, absolute, columns, n, m, uneven, unproven, mask, queue, work)
+    if repaired != IMPOSSIBLE and CERTIFY:
+        gather(mask, columns, m, places, kept)
+        if weigh(raw, absolute, w, ties, kept, m, u, v, factors, pointer(queue.sums)):
+            without_ties(w, kept, ties, m, u, v, pointer(queue.tied_u), pointer(queue.tied_v))
+            weigh(raw, absolute, w, ties, kept, m, u, v, factors, pointer(queue.sums))
+    return int(repaired)
+
+
+@compiled
+def mend_lanes(
+    scores: Pointer,
+    absolute: bool,
+    columns: int,
+    n: int,
+    m: int,
+    uneven: int,
+    unproven: int,
+    mask: Pointer,
+    queue: Queue,
+    work: Workspace,
+) -> int:
+    """Mend the lanes in `uneven`, afresh where `unproven`; return how many of them took paths, or IMPOSSIBLE."""
+    u, v, factors, repaired = pointer(queue.exact_u), pointer(queue.exact_v), pointer(queue.factors), 0
+    rows = offset(work.duals, -(-m // LANES) * LANES)
+    while uneven:
+        t = first_bit(uneven)
+        uneven &= uneven - 1
+        for k in range(m):
+            work.duals[k], rows[k] = v[k * LANES + t], u[k * LANES + t]
+        paths = mend(
+            offset(scores, queue.places[t]),
+            absolute,
+            offset(mask, queue.places[t]),
+            columns,
+            n,
+            m,
+            factors[UP * LANES + t],
+            factors[(UP + 1) * LANES + t] * 2.0**FINER,
+            (unproven >> t) & 1 != 0,
+            work,
+        )
+        if paths == IMPOSSIBLE:
+            return IMPOSSIBLE
+        repaired += paths > 0
+        for k in range(m):
+            v[k * LANES + t], u[k * LANES + t] = work.duals[k], rows[k]
     return repaired
 
 
@@ -219,7 +240,7 @@ def price(w: Pointer, kept: Pointer, m: int, u: Pointer, v: Pointer) -> int:
 
 
 @compiled
-def uneven(kept: Pointer, n: int, m: int) -> int:
+def uneven_columns(kept: Pointer, n: int, m: int) -> int:
     """The lanes, as bits, where a column does not hold n."""
     wrong = 0
     for j in range(m):
@@ -234,7 +255,7 @@ def uneven(kept: Pointer, n: int, m: int) -> int:
 def without_ties(
     w: Pointer, kept: Pointer, ties: Pointer, m: int, u: Pointer, v: Pointer, tied_u: Pointer, tied_v: Pointer
 ) -> None:
-    """Take the tie terms out of w, and replace u, v by duals of what is left, in the lanes where `kept` has such.
+    """Replace u, v by duals of w without its tie terms, in the lanes where `kept` has such.
 
     They are missing only where tie terms, 2^-32 of the largest score, have outweighed a difference between scores.
     """
@@ -247,15 +268,26 @@ def without_ties(
     for k in range(m):
         store(u, k, where(settled, load(u, k), load(tied_u, k)))
         store(v, k, where(settled, load(v, k), load(tied_v, k)))
+    for k in range(m * m):
+        store(w, k, load(w, k) + spread(ties[k]))
 
 
 @compiled
 def weigh(
-    raw: Pointer, absolute: bool, w: Pointer, kept: Pointer, m: int, u: Pointer, v: Pointer, sums: Pointer
-) -> None:
-    """Compute sums [2, LANES]: Σ of the kept scores, in their unit, and dual value - primal value, in that of w.
+    raw: Pointer,
+    absolute: bool,
+    w: Pointer,
+    ties: Pointer,
+    kept: Pointer,
+    m: int,
+    u: Pointer,
+    v: Pointer,
+    factors: Pointer,
+    sums: Pointer,
+) -> bool:
+    """Compute sums [2, LANES], Σ of the kept scores and dual value - primal value; is the second noticeable anywhere?
 
-    The second (docs/mathematics.md, eq. 4) is a sum of terms ≥ 0, and 0 if the mask is optimal for w.
+    It (docs/mathematics.md, eq. 4) is of the scores without their tie terms: a sum of terms ≥ 0, and 0 if optimal.
     """
     total, over, nothing = spread(0.0), spread(0), spread(np.uint8(0))
     for i in range(m):
@@ -264,7 +296,9 @@ def weigh(
             without = load(kept, k) == nothing
             score = as_float64(as_float(from_bits(as_bits(load(raw, k), absolute), load(raw, k))))
             total = total + where(without, spread(0.0), score)
-            reduced = load(w, k) - load(u, i) - load(v, j)
+            reduced = load(w, k) - spread(ties[k]) - load(u, i) - load(v, j)
             over = over + larger(where(without, reduced, spread(0) - reduced), spread(0))
+    excess = as_float64(over) * spread(2.0**-SCORE_BITS) * load(factors, DOWN) * load(factors, DOWN + 1)
     store(sums, 0, total)
-    store(sums, 1, as_float64(over))
+    store(sums, 1, excess)
+    return bool(bits(excess > spread(NOTICEABLE) * total) != 0)

@@ -61,7 +61,7 @@ def solve_standard(scores: Scores, n: int, m: int, mask: Mask, *, absolute: bool
         if not rank_groups(flat, absolute, n, m, first, last, flat_mask, total, scratch):
             raise UnusableScoresError
 
-    over_chunks(chunk, batches, size, lambda: _scratch(scores.dtype, m))
+    over_chunks(chunk, batches, size, (("standard", scores.dtype, m), lambda: _scratch(scores.dtype, m)))
     return Tally(objective=math.fsum(objective), excess=0.0, worst_gap=0.0, repaired=0)
 
 
@@ -98,7 +98,7 @@ def _rank_groups(
         start, used = batch * LANES, min(LANES, groups - batch * LANES)
         for t in range(LANES):
             places[t] = (start + min(t, used - 1)) * m  # idle lanes repeat the last group
-        gather_line(pointer(scores), m, places, LANES * m, raw)
+        gather_line(pointer(scores), m, places, raw)
         total, sound = _rank_lanes(raw, absolute, n, m, kept)
         if not sound:
             return False

@@ -2,34 +2,60 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import os
+import threading
+from collections.abc import Callable, Hashable
 from concurrent.futures import ThreadPoolExecutor
-from typing import TypeVar
+from functools import cache
+from typing import Any, TypeVar
 
 import torch
 
-CHUNK_SCORES = 1 << 20  # a thread's helping: some milliseconds
+CHUNK_SCORES = 1 << 18  # a thread's helping: less than a millisecond, so that small matrices have some for all
 Scratch = TypeVar("Scratch")
+_own: Any = threading.local()
 
 
 def over_chunks(
-    work: Callable[[int, int, Scratch], None], count: int, size: int, allocate: Callable[[], Scratch]
+    work: Callable[[int, int, Scratch], None],
+    count: int,
+    size: int,
+    scratch: tuple[Hashable, Callable[[], Scratch]],
 ) -> None:
     """Call work(first, last, scratch) for count items in chunks of `size`; `work` releases the GIL.
 
-    Each thread allocates its scratch once. The cuts do not depend on the number of threads. An exception is raised.
+    `scratch` is a key or None, and how to allocate what a thread writes to; a thread keeps the last one, for the next
+    call with that key. The cuts do not depend on the number of threads. An exception is raised.
     """
     chunks = iter([(first, min(first + size, count)) for first in range(0, count, size)])
 
     def help_out() -> None:
-        scratch = allocate()
+        own = _scratch(*scratch)
         for first, last in chunks:  # shared: the next one goes to whoever asks first
-            work(first, last, scratch)
+            work(first, last, own)
 
     workers = min(torch.get_num_threads(), -(-count // size))
     if workers <= 1:
         help_out()
         return
-    with ThreadPoolExecutor(workers) as pool:
-        for future in [pool.submit(help_out) for _ in range(workers)]:
-            future.result()
+    for future in [_pool(workers).submit(help_out) for _ in range(workers)]:
+        future.result()
+
+
+def _scratch(key: Hashable, allocate: Callable[[], Scratch]) -> Scratch:
+    if key is None:  # nothing to keep, and nothing to forget for it
+        return allocate()
+    if getattr(_own, "key", None) != key:
+        _own.key, _own.scratch = key, allocate()
+    scratch: Scratch = _own.scratch
+    return scratch
+
+
+@cache
+def _pool(workers: int) -> ThreadPoolExecutor:
+    """Threads that stay: to start them takes as long as a small matrix."""
+    return ThreadPoolExecutor(workers, thread_name_prefix="tsenor")
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_pool.cache_clear)  # a forked process has none of the threads

@@ -10,10 +10,9 @@ from typing import Any
 
 from llvmlite import ir  # type: ignore[import-untyped]
 from numba import types
-from numba.core import cgutils
 
 from tsenor_cli.kernels.contract import Untyped
-from tsenor_cli.kernels.lanes import CACHE_LINE, LANES, intrinsic
+from tsenor_cli.kernels.lanes import LANES, intrinsic
 
 _EVEN = list(range(0, 2 * LANES, 2))
 _ODD = list(range(1, 2 * LANES, 2))
@@ -23,27 +22,22 @@ _HIGH = [place + LANES // 2 for place in _LOW]
 
 @intrinsic
 def take_columns(
-    _typing: Untyped, source: Untyped, places: Untyped, ahead: Untyped, target: Untyped, row: Untyped, width: Untyped
+    _typing: Untyped, source: Untyped, places: Untyped, target: Untyped, row: Untyped, width: Untyped
 ) -> Untyped:
-    """target[(row + c) * LANES + t] = source[places[t] + c] for c < width, t < LANES; width is a literal 2^x ≤ 16.
-
-    What lies `ahead` numbers further is brought into the cache meanwhile: the hardware does not guess the next tiles.
-    """
+    """target[(row + c) * LANES + t] = source[places[t] + c] for c < width, t < LANES; width is a literal 2^x ≤ 16."""
     if not isinstance(width, types.IntegerLiteral):
         return None  # numba asks with the plain types first
     count = width.literal_value
 
     def emit(context: Untyped, builder: Untyped, _signature: Untyped, args: Untyped) -> Untyped:
-        size = source.dtype.bitwidth // 8
         starts = _runs(builder, args[0], args[1], count)
-        for start in starts[:: max(1, CACHE_LINE // (count * size))]:
-            _prefetch(builder, start, args[2])
-        vectors = _concatenated(builder, [builder.load(start, align=size) for start in starts], count)
+        runs = [builder.load(start, align=source.dtype.bitwidth // 8) for start in starts]
+        vectors = _concatenated(builder, runs, count)
         for column, vector in zip(_bit_reversed(count), _deinterleaved(builder, vectors), strict=True):
-            builder.store(vector, _line(builder, args[3], args[4], column), align=LANES)
+            builder.store(vector, _line(builder, args[2], args[3], column), align=LANES)
         return context.get_dummy_value()
 
-    return types.void(source, places, ahead, target, row, width), emit
+    return types.void(source, places, target, row, width), emit
 
 
 @intrinsic
@@ -104,15 +98,6 @@ def _runs(builder: Untyped, start: Untyped, places: Untyped, count: int) -> list
     kind = ir.VectorType(start.type.pointee, count).as_pointer()
     offsets = [builder.load(builder.gep(places, [ir.IntType(64)(t)])) for t in range(LANES)]
     return [builder.bitcast(builder.gep(start, [offset]), kind) for offset in offsets]
-
-
-def _prefetch(builder: Untyped, start: Untyped, ahead: Untyped) -> None:
-    """Ask for the cache line that is `ahead` numbers after `start`, a pointer to a vector; to be read, into level 2."""
-    word, number = ir.IntType(32), start.type.pointee.element.as_pointer()
-    address = builder.bitcast(builder.gep(builder.bitcast(start, number), [ahead]), ir.IntType(8).as_pointer())
-    kind = ir.FunctionType(ir.VoidType(), [address.type, word, word, word])
-    function = cgutils.get_or_insert_function(builder.module, kind, "llvm.prefetch.p0")  # type: ignore[no-untyped-call]
-    builder.call(function, [address, word(0), word(2), word(1)])
 
 
 def _line(builder: Untyped, start: Untyped, row: Untyped, column: int) -> Untyped:
