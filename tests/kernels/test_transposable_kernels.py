@@ -13,6 +13,7 @@ from tsenor_cli.kernels import exact, mend, reference, repair, standard
 from tsenor_cli.kernels.compilation import compiled, compiling
 from tsenor_cli.kernels.contract import UnusableScoresError
 from tsenor_cli.kernels.lanes import pointer
+from tsenor_cli.kernels.passes import Schedule
 from tsenor_cli.kernels.ties import tie_table
 from tsenor_cli.masks import certificate
 
@@ -154,8 +155,8 @@ def test_the_way_there_does_not_matter(name, n, m, monkeypatch):
     scores = hard_scores.make(name, (3 * m, 2 * m), seed=2)
     expected, _ = solve_all(exact.solve_transposable, scores, n, m)
     rng = np.random.default_rng(m)
-    for schedule in ((1, 0), (2, 3), (30, 0)):
-        monkeypatch.setattr(exact, "schedule", lambda *_, chosen=schedule, **__: chosen)
+    for passes in (Schedule(0, 1, 0), Schedule(1, 2, 3), Schedule(0, 30, 0)):
+        monkeypatch.setattr(exact, "schedule", lambda *_, chosen=passes, **__: chosen)
         mask, _ = solve_all(exact.solve_transposable, scores, n, m)
         assert np.array_equal(mask, expected)
         duals = rng.standard_normal((6, 2, m)) * scores.max()

@@ -14,12 +14,13 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
+from tsenor_cli.kernels.coarse import Coarse, coarse, coarse_pointers, coarsen, refine
 from tsenor_cli.kernels.compilation import compiled, compiling
 from tsenor_cli.kernels.contract import CERTIFY, DualArray, Mask, Pointer, Scores, Tally, Untyped, UnusableScoresError
 from tsenor_cli.kernels.groups import DOWN, Q_BITS, UP, find_places, gather, keep, quantise, scatter
 from tsenor_cli.kernels.lanes import CACHE_LINE, LANES, first_bit, lanes, load, offset, pointer, spread, store, sum_of
 from tsenor_cli.kernels.mend import mend, weigh_block
-from tsenor_cli.kernels.passes import LIMIT, Ahead, call_dual_passes, dual_passes_address
+from tsenor_cli.kernels.passes import LIMIT, Ahead, Schedule, call_dual_passes, dual_passes_address
 from tsenor_cli.kernels.repair import IMPOSSIBLE, Workspace, pointers, workspace
 from tsenor_cli.kernels.settle import FINER, NOTICEABLE, Queue, put_in_queue, queue, settle
 from tsenor_cli.kernels.threads import CHUNK_SCORES, over_chunks
@@ -28,8 +29,14 @@ from tsenor_cli.kernels.ties import SCORE_BITS, tie_table
 UNUSABLE = -2  # returned beside IMPOSSIBLE
 # What the compiled code adds up, [chunks, 4] float64.
 OBJECTIVE, EXCESS, WORST_GAP, REPAIRED = range(4)
-# For m up to: row passes, row passes from given duals, largest over-relaxation in sixteenths.
-_SCHEDULES = ((4, 6, 3, 0), (8, 7, 3, 6), (16, 8, 4, 6), (32, 10, 4, 8), (64, 13, 5, 10))
+# For m up to: from nothing, and from given duals.
+_SCHEDULES = {
+    4: (Schedule(0, 6, 0), Schedule(0, 3, 0)),
+    8: (Schedule(7, 2, 6), Schedule(3, 1, 6)),
+    16: (Schedule(8, 2, 8), Schedule(5, 1, 8)),
+    32: (Schedule(10, 2, 8), Schedule(6, 1, 8)),
+    64: (Schedule(11, 2, 10), Schedule(9, 1, 10)),
+}
 _NO_DUALS: DualArray = np.empty((0, 2, 0))
 
 
@@ -53,7 +60,7 @@ def solve_transposable(
         RuntimeError: a path that must exist was not found; a bug.
     """
     solve_groups, dual_passes = _compile(scores.dtype, m, n)
-    passes, furthest = schedule(m, warm=warm is not None)
+    passes = schedule(m, warm=warm is not None)
     blocks = scores.size // (m * m)
     groups = -(-blocks // LANES)
     size = max(1, CHUNK_SCORES // (m * m * LANES))
@@ -70,7 +77,6 @@ def solve_transposable(
             m,
             dual_passes,
             passes,
-            furthest,
             first,
             last,
             mask.view(np.uint8),
@@ -90,19 +96,13 @@ def solve_transposable(
         excess=math.fsum(statistics[:, EXCESS]),
         worst_gap=float(statistics[:, WORST_GAP].max(initial=0.0)),
         repaired=int(statistics[:, REPAIRED].sum()),
-        iterations=passes if blocks else 0,
+        iterations=passes.coarse + passes.exact if blocks else 0,
     )
 
 
-def schedule(m: int, *, warm: bool = False) -> tuple[int, int]:
-    """How many row passes, and how far they go: measured (docs/decisions/0008).
-
-    A pass costs less than the repairs it saves up to about here.
-    """
-    for largest, cold_passes, warm_passes, furthest in _SCHEDULES:
-        if m <= largest:
-            return (warm_passes if warm else cold_passes), furthest
-    raise AssertionError(m)
+def schedule(m: int, *, warm: bool = False) -> Schedule:
+    """Measured (docs/decisions/0008): a pass costs less than the repairs it saves up to about here."""
+    return next(schedules[warm] for largest, schedules in _SCHEDULES.items() if m <= largest)
 
 
 class _Group(NamedTuple):
@@ -111,6 +111,7 @@ class _Group(NamedTuple):
     places: Untyped  # [LANES] int64, see groups.py
     raw: Untyped  # [m * m, LANES] of the scores' type
     q: Untyped  # [m * m, LANES] int32
+    coarse: Coarse
     kept: Untyped  # [m * m, LANES] uint8
     u: Untyped  # [m, LANES] int32
     v: Untyped  # [m, LANES] int32
@@ -126,6 +127,7 @@ def scratch_for(dtype: np.dtype[Any], ties: npt.NDArray[np.int64]) -> tuple[_Gro
         places=np.zeros(LANES, np.int64),
         raw=lanes(m * m, dtype),
         q=lanes(m * m, np.int32),
+        coarse=coarse(m),
         kept=lanes(m * m, np.uint8),
         u=lanes(m, np.int32),
         v=lanes(m, np.int32),
@@ -137,14 +139,14 @@ def scratch_for(dtype: np.dtype[Any], ties: npt.NDArray[np.int64]) -> tuple[_Gro
 
 
 @cache
-def _compile(dtype: np.dtype[Any], m: int, n: int) -> tuple[Untyped, int]:
+def _compile(dtype: np.dtype[Any], m: int, n: int) -> tuple[Untyped, tuple[int, int]]:
     """Everything that runs for this dtype and pattern, compiled or loaded by a call that has nothing to do."""
     nothing, no_mask, ties = np.empty((0, m), dtype), np.empty((0, m), np.uint8), tie_table(n, m)
     with compiling():
-        address = dual_passes_address(m, n)
-        scratch = scratch_for(dtype, ties)
-        _solve_groups(nothing, False, n, m, address, 1, 0, 0, 0, no_mask, _NO_DUALS, _NO_DUALS, np.empty(4), *scratch)
-    return _solve_groups, address
+        addresses = dual_passes_address(m, n), dual_passes_address(m, n, 16)
+        scratch, nowhere = scratch_for(dtype, ties), (_NO_DUALS, _NO_DUALS, np.empty(4))
+        _solve_groups(nothing, False, n, m, addresses, schedule(m), 0, 0, no_mask, *nowhere, *scratch)
+    return _solve_groups, addresses
 
 
 @compiled
@@ -153,9 +155,8 @@ def _solve_groups(
     absolute: bool,
     n: int,
     m: int,
-    dual_passes: int,
-    passes: int,
-    furthest: int,
+    dual_passes: tuple[int, int],
+    passes: Schedule,
     first: int,
     last: int,
     mask: Mask,
@@ -180,7 +181,7 @@ def _solve_groups(
             return UNUSABLE
         start_duals(warm, block, used, factors, m, v)
         ahead = next_group(scores, block + 2 * LANES, m)  # one group ahead is too late: measured
-        call_dual_passes(dual_passes, q, u, v, passes, furthest, ahead)
+        find_duals(dual_passes, passes, q, m, coarse_pointers(group.coarse), ahead, u, v)
         doubtful, uneven = keep(raw, absolute, ties, q, u, v, n, m, used, kept, objective, pointer(group.counts))
         scatter(kept, columns, m, places, pointer(mask))
         if len(duals) > 0:
@@ -204,6 +205,26 @@ def _solve_groups(
                 return IMPOSSIBLE
     totals[OBJECTIVE] += sum_of(load(objective, 0))
     return int(settle_queue(1, scores, absolute, columns, n, m, waiting, mask, queue, work, duals, totals))
+
+
+@compiled
+def find_duals(
+    dual_passes: tuple[int, int],
+    passes: Schedule,
+    q: Pointer,
+    m: int,
+    work: Coarse,
+    ahead: Ahead,
+    u: Pointer,
+    v: Pointer,
+) -> None:
+    """Run the dual passes from v, and during the first of them prefetch what is ahead."""
+    if passes.coarse > 0:
+        coarsen(q, v, m, work)
+        call_dual_passes(dual_passes[1], work.q, work.u, work.v, passes.coarse, passes.furthest, ahead)
+        refine(work, m, v)
+        ahead = Ahead(0, 0, 0)
+    call_dual_passes(dual_passes[0], q, u, v, passes.exact, passes.furthest, ahead)
 
 
 @compiled

@@ -192,7 +192,10 @@ def _conversion(scalar: Untyped, instructions: dict[Untyped, str]) -> Untyped:
 
 as_float64 = _conversion(types.float64, {types.float32: "fpext", types.int32: "sitofp", types.int64: "sitofp"})
 as_float32 = _conversion(types.float32, {types.int32: "sitofp"})
-as_int32 = _conversion(types.int32, {types.float32: "fptosi", types.float64: "fptosi"})  # towards zero
+as_int16 = _conversion(types.int16, {types.int32: "trunc"})
+as_int32 = _conversion(  # of floats: towards zero
+    types.int32, {types.float32: "fptosi", types.float64: "fptosi", types.int16: "sext"}
+)
 as_int64 = _conversion(types.int64, {types.float64: "fptosi", types.int32: "sext", types.uint8: "zext"})
 as_count = _conversion(types.uint8, {types.boolean: "zext"})  # 0 or 1
 

@@ -22,7 +22,14 @@ from tsenor_cli.kernels.network import selection_network
 
 LIMIT = 1 << 29  # duals stay within ± this, so that nothing overflows when they are added to scores
 RAMP = 3  # sixteenths by which a pass goes further than the one before
-_INTS: Untyped = types.CPointer(types.int32)  # type: ignore[no-untyped-call]
+
+
+class Schedule(NamedTuple):
+    """How many row passes, and how far they go."""
+
+    coarse: int  # in 16 bits, first
+    exact: int  # in 32 bits; 1 or more
+    furthest: int  # largest over-relaxation, in sixteenths
 
 
 class Ahead(NamedTuple):
@@ -37,15 +44,16 @@ class Ahead(NamedTuple):
 
 
 @cache
-def dual_passes_address(m: int, n: int) -> int:
+def dual_passes_address(m: int, n: int, bits: int = 32) -> int:
     """Compile or load the dual passes of one pattern; the address is for `call_dual_passes`.
 
-    The function takes q [m, m, LANES], u [m, LANES], v [m, LANES] (int32), a number of row passes, the largest
-    over-relaxation in sixteenths, and an Ahead; it starts from v and leaves in u and v the duals after that many row
-    passes with column passes between them. A pass goes further than to the middle, by RAMP sixteenths of its way more
-    than the pass before (docs/mathematics.md); the first two passes and the last one do not.
+    The function takes q [m, m, LANES], u [m, LANES], v [m, LANES] (integers of 32 or 16 bits), a number of row passes,
+    the largest over-relaxation in sixteenths, and an Ahead; it starts from v and leaves in u and v the duals after that
+    many row passes with column passes between them. A pass goes further than to the middle, by RAMP sixteenths of its
+    way more than the pass before (docs/mathematics.md); the first two passes and the last one do not.
     """
-    width = _vector_width()
+    width = min(LANES, _vector_bits() // bits)
+    integers: Untyped = types.CPointer(types.Integer.from_bitwidth(bits))  # type: ignore[no-untyped-call]
     together = m if m <= 8 else 1  # lines at a time: as long as all that they share stays in registers
 
     def dual_passes(
@@ -87,7 +95,7 @@ def dual_passes_address(m: int, n: int) -> int:
                         _prefetch(start + row * stride + part * CACHE_LINE)
 
     count = types.intp
-    return compiled_callback(types.void(_INTS, _INTS, _INTS, count, count, count, count, count), dual_passes)
+    return compiled_callback(types.void(integers, integers, integers, count, count, count, count, count), dual_passes)
 
 
 @intrinsic
@@ -148,7 +156,8 @@ def _relax(
     if not isinstance(m, types.IntegerLiteral):
         return None  # numba asks with the plain types first
     size, kept, lanes = m.literal_value, n.literal_value, width.literal_value
-    vector = ir.VectorType(ir.IntType(32), lanes)
+    vector = ir.VectorType(ir.IntType(q.dtype.bitwidth), lanes)
+    align = q.dtype.bitwidth // 8
 
     def emit(context: Untyped, builder: Untyped, _signature: Untyped, args: Untyped) -> Untyped:
         q, line, step, fixed, found, beyond = args[:6]
@@ -161,13 +170,14 @@ def _relax(
 
         @cache
         def near(k: int) -> Untyped:
-            return builder.load(place(fixed, line.type(k * LANES)), align=4)
+            return builder.load(place(fixed, line.type(k * LANES)), align=align)
 
         for i in range(lines.literal_value):
             start = builder.gep(q, [times(line, i)])
 
             def difference(k: int, start: Untyped = start) -> Untyped:
-                return builder.sub(builder.load(place(start, times(step, k)), align=4), near(k))
+                pair = [builder.load(place(start, times(step, k)), align=align), near(k)]
+                return call_llvm(builder, "ssub.sat", vector, pair) if align == 2 else builder.sub(*pair)
 
             middle = _middle(builder, difference, size, kept)
             _move(builder, middle, beyond, place(found, line.type(i * LANES)))
@@ -194,24 +204,30 @@ def _middle(builder: Untyped, value: Callable[[int], Any], m: int, n: int) -> Un
             values[high] = call_llvm(builder, "smax", pair[0].type, pair)
         if want_low:
             values[low] = call_llvm(builder, "smin", pair[0].type, pair)
-    total = builder.add(known(n - 1), known(n))
-    return builder.ashr(total, ir.Constant(total.type, [1] * total.type.count))
+    a, b = known(n - 1), known(n)
+    half = builder.ashr(builder.xor(a, b), ir.Constant(a.type, [1] * a.type.count))
+    return builder.add(builder.and_(a, b), half)  # their sum might overflow
 
 
 def _move(builder: Untyped, middle: Untyped, beyond: Untyped, target: Untyped) -> None:
     """Emit *target = middle + (middle - *target) * beyond / 16, rounded down."""
+    align, wide = middle.type.element.width // 8, ir.VectorType(ir.IntType(32), middle.type.count)
     with builder.if_else(builder.icmp_signed("==", beyond, beyond.type(0))) as (exactly, further):
         with exactly:
-            builder.store(middle, target, align=4)
+            builder.store(middle, target, align=align)
         with further:
-            count = middle.type.count
-            sixteenths = splat(builder, builder.trunc(beyond, ir.IntType(32)), count)
-            way = builder.mul(builder.sub(middle, builder.load(target, align=4)), sixteenths)
-            moved = builder.add(middle, builder.ashr(way, ir.Constant(middle.type, [4] * count)))
-            builder.store(moved, target, align=4)
+            there = builder.sext(middle, wide)
+            way = builder.sub(there, builder.sext(builder.load(target, align=align), wide))
+            product = builder.mul(way, splat(builder, builder.trunc(beyond, wide.element), wide.count))
+            found = builder.add(there, builder.ashr(product, ir.Constant(wide, [4] * wide.count)))
+            if align == 2:
+                found = call_llvm(builder, "smax", wide, [found, ir.Constant(wide, [-32768] * wide.count)])
+                found = call_llvm(builder, "smin", wide, [found, ir.Constant(wide, [32767] * wide.count)])
+                found = builder.trunc(found, middle.type)
+            builder.store(found, target, align=align)
 
 
-def _vector_width() -> int:
-    """Lanes of a register here. Speed only: wider vectors than the machine has would spill."""
+def _vector_bits() -> int:
+    """The width of a register here. Speed only: wider vectors than the machine has would spill."""
     features = binding.get_host_cpu_features()
-    return 16 if features.get("avx512f") else 8 if features.get("avx2") else 4
+    return 512 if features.get("avx512f") else 256 if features.get("avx2") else 128
