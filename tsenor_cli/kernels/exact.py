@@ -171,7 +171,9 @@ def _solve_groups(
     columns, blocks, work = scores.shape[1], scores.size // (m * m), pointers(workspace)
     raw, q, kept, places = pointer(group.raw), pointer(group.q), pointer(group.kept), pointer(group.places)
     u, v, factors, objective = pointer(group.u), pointer(group.v), pointer(group.factors), pointer(group.objective)
-    ties, waiting = pointer(queue.visible), 0
+    ties = pointer(queue.visible)
+    # No literals to what is large: numba would compile it once for each of them.
+    waiting, one, full = np.int64(0), np.int64(1), np.int64(LANES)
     store(objective, 0, spread(0.0))
     for number in range(first, last):
         block, used = number * LANES, min(LANES, blocks - number * LANES)
@@ -199,12 +201,12 @@ def _solve_groups(
             doubtful &= doubtful - 1
             put_in_queue(queue, waiting, block + t, places[t], u, v, t, m)
             waiting = settle_queue(
-                LANES, scores, absolute, columns, n, m, waiting + 1, mask, queue, work, duals, totals
+                full, scores, absolute, columns, n, m, waiting + 1, mask, queue, work, duals, totals
             )
             if waiting == IMPOSSIBLE:
                 return IMPOSSIBLE
     totals[OBJECTIVE] += sum_of(load(objective, 0))
-    return int(settle_queue(1, scores, absolute, columns, n, m, waiting, mask, queue, work, duals, totals))
+    return int(settle_queue(one, scores, absolute, columns, n, m, waiting, mask, queue, work, duals, totals))
 
 
 @compiled
@@ -263,7 +265,7 @@ def mend_lane(
         work.duals[k], work.duals[lines + k] = np.int64(v[k * LANES + t]) << FINER, np.int64(u[k * LANES + t]) << FINER
     tile, target = offset(pointer(scores), group.places[t]), offset(pointer(mask), group.places[t])
     factor, other_factor = factors[UP * LANES + t], factors[(UP + 1) * LANES + t] * 2.0**FINER
-    if mend(tile, absolute, target, columns, n, m, factor, other_factor, False, work) == IMPOSSIBLE:
+    if mend(tile, absolute, target, columns, n, m, factor, other_factor, np.bool_(False), work) == IMPOSSIBLE:
         return IMPOSSIBLE
     if CERTIFY:
         objective, over = weigh_block(tile, absolute, columns, m, work)
