@@ -164,6 +164,18 @@ def test_the_way_there_does_not_matter(name, n, m, monkeypatch):
         assert np.array_equal(mask, expected)
 
 
+@pytest.mark.parametrize(("n", "m"), [(2, 4), (4, 8), (8, 16), (16, 32), (32, 64)])
+def test_its_own_duals_are_a_good_start(n, m):
+    """Of two arrays of duals that lead to the same mask, only the right one saves work."""
+    scores = hard_scores.make("normal", (512, 512))
+    duals = np.empty((scores.size // m**2, 2, m))
+    _, cold = solve_all(exact.solve_transposable, scores, n, m, None, duals)
+    _, warm = solve_all(exact.solve_transposable, scores, n, m, duals)
+    _, swapped = solve_all(exact.solve_transposable, scores, n, m, duals[:, ::-1].copy())
+    assert warm.repaired < 0.5 * cold.repaired < swapped.repaired
+    assert warm.iterations < cold.iterations
+
+
 @pytest.mark.parametrize(("n", "m"), [(2, 4), (8, 16), (16, 32)])
 @pytest.mark.parametrize("name", hard_scores.ALL)
 def test_a_transposed_matrix_gets_the_transposed_mask(name, n, m):

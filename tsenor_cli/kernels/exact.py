@@ -22,7 +22,7 @@ from tsenor_cli.kernels.lanes import CACHE_LINE, LANES, first_bit, lanes, load, 
 from tsenor_cli.kernels.mend import mend, weigh_block
 from tsenor_cli.kernels.passes import LIMIT, Ahead, Schedule, call_dual_passes, dual_passes_address
 from tsenor_cli.kernels.repair import IMPOSSIBLE, Workspace, pointers, workspace
-from tsenor_cli.kernels.settle import FINER, NOTICEABLE, Queue, put_in_queue, queue, settle
+from tsenor_cli.kernels.settle import FINER, Queue, put_in_queue, queue, settle
 from tsenor_cli.kernels.threads import CHUNK_SCORES, over_chunks
 from tsenor_cli.kernels.ties import SCORE_BITS, tie_table
 
@@ -192,17 +192,13 @@ def _solve_groups(
         while uneven:
             t = first_bit(uneven)
             uneven &= uneven - 1
-            noticeable = mend_lane(scores, absolute, columns, n, m, t, block + t, mask, group, work, duals, totals)
-            if noticeable == IMPOSSIBLE:
+            if mend_lane(scores, absolute, columns, n, m, t, block + t, mask, group, work, duals, totals) == IMPOSSIBLE:
                 return IMPOSSIBLE
-            doubtful |= noticeable << t
         while doubtful:
             t = first_bit(doubtful)
             doubtful &= doubtful - 1
             put_in_queue(queue, waiting, block + t, places[t], u, v, t, m)
-            waiting = settle_queue(
-                full, scores, absolute, columns, n, m, waiting + 1, mask, queue, work, duals, totals
-            )
+            waiting = settle_queue(full, scores, absolute, columns, n, m, waiting + 1, mask, queue, work, duals, totals)
             if waiting == IMPOSSIBLE:
                 return IMPOSSIBLE
     totals[OBJECTIVE] += sum_of(load(objective, 0))
@@ -256,10 +252,7 @@ def mend_lane(
     duals: DualArray,
     totals: npt.NDArray[np.float64],
 ) -> int:
-    """Mend the block of lane t, of which only the columns are uneven, and add it to totals.
-
-    Returns 0, or 1 if it is left out because its gap is noticeable: the queue can do better; or IMPOSSIBLE.
-    """
+    """Mend the block of lane t, of which only the columns are uneven, and add it to totals; 0, or IMPOSSIBLE."""
     u, v, factors, lines = pointer(group.u), pointer(group.v), pointer(group.factors), -(-m // LANES) * LANES
     for k in range(m):
         work.duals[k], work.duals[lines + k] = np.int64(v[k * LANES + t]) << FINER, np.int64(u[k * LANES + t]) << FINER
@@ -270,8 +263,6 @@ def mend_lane(
     if CERTIFY:
         objective, over = weigh_block(tile, absolute, columns, m, work)
         excess = over * 2.0**-SCORE_BITS * factors[DOWN * LANES + t] * factors[(DOWN + 1) * LANES + t]
-        if excess > NOTICEABLE * objective:
-            return 1
         add_to(totals, objective, excess)
     totals[REPAIRED] += 1
     if len(duals) > 0:

@@ -1,0 +1,69 @@
+"""Threads that stay, and the scratch they keep."""
+
+import os
+import signal
+import threading
+
+import numpy as np
+import pytest
+import torch
+
+from tsenor_cli.kernels.threads import over_chunks
+from tsenor_cli.masks.solve import solve_mask
+
+
+@pytest.fixture
+def two_threads():
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.mark.usefixtures("two_threads")
+def test_every_item_once():
+    seen, lock = [], threading.Lock()
+
+    def work(first, last, _):
+        with lock:
+            seen.extend(range(first, last))
+
+    over_chunks(work, 103, 10, (None, lambda: None))
+    assert sorted(seen) == list(range(103))
+
+
+@pytest.mark.usefixtures("two_threads")
+def test_an_exception_arrives():
+    def work(first, _last, _scratch):
+        if first == 40:
+            raise ValueError("here")
+
+    with pytest.raises(ValueError, match="here"):
+        over_chunks(work, 100, 10, (None, lambda: None))
+    test_every_item_once()
+
+
+def test_scratch_is_kept_for_its_key_alone():
+    allocated, used = [], []
+
+    def allocate(key):
+        allocated.append([key])
+        return allocated[-1]
+
+    for key in "aabba":
+        over_chunks(lambda *chunk: used.append(chunk), 10, 10, (key, lambda key=key: allocate(key)))
+    assert [scratch for _, _, scratch in used] == [["a"], ["a"], ["b"], ["b"], ["a"]]
+    assert allocated == [["a"], ["b"], ["a"]]
+
+
+@pytest.mark.usefixtures("two_threads")
+@pytest.mark.filterwarnings("ignore:.*multi-threaded:DeprecationWarning")
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork on this system")
+def test_a_forked_process_has_threads_of_its_own():
+    scores = np.random.default_rng(0).random((512, 2048), np.float32)
+    expected = solve_mask(scores, "2:4").mask
+    child = os.fork()
+    if child == 0:
+        signal.alarm(60)  # it would wait for threads that do not exist
+        os._exit(0 if np.array_equal(solve_mask(scores, "2:4").mask, expected) else 1)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
