@@ -148,6 +148,27 @@ def test_rounding_is_that_of_the_reference(name, n, m, most):
         assert (kept.sum(axis=0) == n).all()
 
 
+@pytest.mark.parametrize(("n", "m"), [(1, 4), (2, 4), (3, 5), (8, 16), (7, 8)])
+@pytest.mark.parametrize("share", [0.0, 0.3, 0.9])
+@pytest.mark.parametrize("most", [0, 1000])
+def test_local_search_fills_any_mask_as_the_reference_does(n, m, share, most):
+    """Masks that greedy selection would not leave: with free entries of lines that both have room."""
+    rng = np.random.default_rng(m)
+    blocks, q, chosen = blocks_of("normal", m), in_lanes(blocks_of("normal", m)), rounding.selection(m)
+    kept = np.zeros((LANES, m, m), np.bool_)
+    for t in range(LANES):
+        for i, j in rng.permutation(np.argwhere(rng.random((m, m)) < share)):
+            kept[t, i, j] = kept[t, i].sum() < n and kept[t, :, j].sum() < n
+    chosen.kept[:] = kept.reshape(LANES, -1).T
+    chosen.row_room[:], chosen.column_room[:] = n - kept.sum(2).T, n - kept.sum(1).T
+    with compiling():
+        run_local_search(q, m, most, chosen)
+    for t in range(LANES):
+        entropic_reference.local_search(blocks[t], kept[t], n, most)
+        assert np.array_equal(chosen.kept[:, t].reshape(m, m) == 1, kept[t])
+        assert feasible(kept[t], n, m)
+
+
 def test_entries_with_s_equal_to_one_come_first():
     blocks = blocks_of("normal", 8)
     work, chosen = dykstra.transport(8), rounding.selection(8)
