@@ -159,13 +159,14 @@ def phases() -> None:
 def growth(rounds: int) -> None:
     """Seconds per score at every size, relative to their geometric mean: linear is 1 everywhere."""
     print("\nhow the time grows: ns per score at every size, relative to the mean of all sizes")
+    weights = [torch.randn(1 << k, 1 << k, generator=torch.Generator().manual_seed(k)) for k in range(10, 15)]
     for text in TIMED:
-        seconds = {}
-        for size in (1024, 2048, 4096, 8192, 16384):
-            weight = torch.randn(size, size, generator=torch.Generator().manual_seed(size))
-            runs = max(rounds, 16384 // size)  # what is short needs more of them
-            best = best_of(runs, run=lambda weight=weight, text=text: solve_mask(weight, text, absolute=True))
-            seconds[size] = best["run"] / size**2
+        seconds = {len(weight): np.inf for weight in weights}
+        for _ in range(rounds):
+            for weight in weights:
+                for _ in range(16384 // len(weight)):  # what is short needs more of them to find a quiet moment
+                    best = best_of(1, run=lambda weight=weight, text=text: solve_mask(weight, text, absolute=True))
+                    seconds[len(weight)] = min(seconds[len(weight)], best["run"] / weight.numel())
         middle = float(np.exp(np.mean(np.log(list(seconds.values())))))
         for size, value in seconds.items():
             figure(f"{text} {size}x{size}: {value * 1e9:.2f} ns per score, relative to the mean", value / middle, 1.2)
@@ -229,7 +230,7 @@ def certificate(cache: Path) -> None:
     """The kernel as it is, against one compiled without objective, bound and the search for clean duals."""
     print("\nwhat the certificate costs (kernel alone, 4096x4096)")
     seconds: dict[str, np.ndarray] = {}
-    for wanted in ("yes", "no", "yes", "no", "yes", "no"):
+    for wanted in ("yes", "no") * 5:
         environment = os.environ | {"TSENOR_CACHE_DIR": str(cache / wanted)}
         command = [sys.executable, "-c", CERTIFICATE, wanted, *TIMED]
         lines = subprocess.run(command, check=True, capture_output=True, text=True, env=environment).stdout.split()

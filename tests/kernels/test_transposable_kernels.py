@@ -172,7 +172,7 @@ def test_its_own_duals_are_a_good_start(n, m):
     _, cold = solve_all(exact.solve_transposable, scores, n, m, None, duals)
     _, warm = solve_all(exact.solve_transposable, scores, n, m, duals)
     _, swapped = solve_all(exact.solve_transposable, scores, n, m, duals[:, ::-1].copy())
-    assert warm.repaired < 0.5 * cold.repaired < swapped.repaired
+    assert warm.repaired < 0.7 * cold.repaired < swapped.repaired
     assert warm.iterations < cold.iterations
 
 

@@ -35,7 +35,7 @@ _SCHEDULES = {
     8: (Schedule(7, 2, 6), Schedule(3, 1, 6)),
     16: (Schedule(8, 2, 8), Schedule(5, 1, 8)),
     32: (Schedule(10, 2, 8), Schedule(6, 1, 8)),
-    64: (Schedule(11, 2, 10), Schedule(9, 1, 10)),
+    64: (Schedule(11, 2, 10), Schedule(7, 1, 10)),
 }
 _NO_DUALS: DualArray = np.empty((0, 2, 0))
 
@@ -184,19 +184,21 @@ def _solve_groups(
         start_duals(warm, block, used, factors, m, v)
         ahead = next_group(scores, block + 2 * LANES, m)  # one group ahead is too late: measured
         find_duals(dual_passes, passes, q, m, coarse_pointers(group.coarse), ahead, u, v)
-        doubtful, uneven = keep(raw, absolute, ties, q, u, v, n, m, used, kept, objective, pointer(group.counts))
+        uneven, doubtful, tied = keep(raw, absolute, ties, q, u, v, n, m, used, kept, objective, pointer(group.counts))
         scatter(kept, columns, m, places, pointer(mask))
         if len(duals) > 0:
             for t in range(used):
                 put_duals(u, v, t, LANES, 2.0**-Q_BITS, factors, t, duals[block + t])
-        while uneven:
-            t = first_bit(uneven)
-            uneven &= uneven - 1
-            if mend_lane(scores, absolute, columns, n, m, t, block + t, mask, group, work, duals, totals) == IMPOSSIBLE:
+        alone = (uneven | doubtful) & ~tied
+        while alone:
+            t = first_bit(alone)
+            alone &= alone - 1
+            afresh = (doubtful >> t) & 1 != 0
+            if mend_lane(scores, absolute, columns, n, m, t, block + t, afresh, mask, group, work, duals, totals) < 0:
                 return IMPOSSIBLE
-        while doubtful:
-            t = first_bit(doubtful)
-            doubtful &= doubtful - 1
+        while tied:
+            t = first_bit(tied)
+            tied &= tied - 1
             put_in_queue(queue, waiting, block + t, places[t], u, v, t, m)
             waiting = settle_queue(full, scores, absolute, columns, n, m, waiting + 1, mask, queue, work, duals, totals)
             if waiting == IMPOSSIBLE:
@@ -246,19 +248,20 @@ def mend_lane(
     m: int,
     t: int,
     block: int,
+    afresh: bool,
     mask: Mask,
     group: _Group,
     work: Workspace,
     duals: DualArray,
     totals: npt.NDArray[np.float64],
 ) -> int:
-    """Mend the block of lane t, of which only the columns are uneven, and add it to totals; 0, or IMPOSSIBLE."""
+    """Mend the block of lane t (see mend.py) and add it to totals; returns 0, or IMPOSSIBLE."""
     u, v, factors, lines = pointer(group.u), pointer(group.v), pointer(group.factors), -(-m // LANES) * LANES
     for k in range(m):
         work.duals[k], work.duals[lines + k] = np.int64(v[k * LANES + t]) << FINER, np.int64(u[k * LANES + t]) << FINER
     tile, target = offset(pointer(scores), group.places[t]), offset(pointer(mask), group.places[t])
     factor, other_factor = factors[UP * LANES + t], factors[(UP + 1) * LANES + t] * 2.0**FINER
-    if mend(tile, absolute, target, columns, n, m, factor, other_factor, np.bool_(False), work) == IMPOSSIBLE:
+    if mend(tile, absolute, target, columns, n, m, factor, other_factor, afresh, work) == IMPOSSIBLE:
         return IMPOSSIBLE
     if CERTIFY:
         objective, over = weigh_block(tile, absolute, columns, m, work)

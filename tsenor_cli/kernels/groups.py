@@ -35,6 +35,7 @@ from tsenor_cli.kernels.lanes import (
 from tsenor_cli.kernels.transpose import put_columns, take_columns
 
 ALL = (1 << LANES) - 1
+FEW = 4  # rows
 Q_BITS = 28  # scores in the dual passes are integers below 2^28
 UP, DOWN = 0, 2  # rows of `factors`, see quantise
 
@@ -165,26 +166,27 @@ def keep(
     kept: Pointer,
     objective: Pointer,
     counts: Pointer,
-) -> tuple[int, int]:
-    """Keep what lies above the duals; return the lanes, as bits, that are in doubt, and those with uneven columns.
+) -> tuple[int, int, int]:
+    """Keep what lies above the duals; return the lanes, as bits, that are uneven, doubtful, and tied.
 
     An optimum is proven by n in every row and column, and no score too near to its threshold u_i + v_j. As q is rounded
     down, a score above it is so by one or more; one below it by less than one might be lifted over it by its tie term.
-    In doubt is where a score is too near or a row does not hold n; uneven are the columns of the others.
+    A row where one is too near, or that does not hold n, is in doubt. A lane with such a row is doubtful, with more
+    than one in FEW also tied; a lane without, but with columns that do not hold n, is uneven.
     kept [m * m, LANES] gets 0 or 1. The kept scores of the proven blocks are added to objective [1, LANES], a running
     sum. counts [m, LANES] is scratch. Only `used` lanes count.
     """
     none, wanted, total, one = spread(np.uint8(0)), spread(np.uint8(n)), spread(0.0), spread(np.int32(1))
     for j in range(m):
         store(counts, j, none)
-    doubtful = from_mask(0)
+    doubtful_rows = none
     for i in range(m):
-        below, along_row = load(u, i) - one, none
+        below, along_row, near = load(u, i) - one, none, from_mask(0)
         for j in range(m):
             k = i * m + j
             beyond = load(q, k) - (below + load(v, j) + spread(ties[k]))  # 1 at the threshold
             above = beyond > one
-            doubtful = doubtful | ((beyond | one) == one)
+            near = near | ((beyond | one) == one)
             count = as_count(above)
             store(kept, k, count)
             along_row = along_row + count
@@ -192,11 +194,12 @@ def keep(
             if CERTIFY:
                 exact = as_float64(as_float(from_bits(as_bits(load(raw, k), absolute), load(raw, k))))
                 total = total + where(above, exact, spread(0.0))
-        doubtful = doubtful | (along_row != wanted)
+        doubtful_rows = doubtful_rows + as_count(near | (along_row != wanted))
     uneven = from_mask(0)
     for j in range(m):
         uneven = uneven | (load(counts, j) != wanted)
-    idle, doubts = -(1 << used), int(bits(doubtful))
-    unproven = doubts | int(bits(uneven))
-    store(objective, 0, load(objective, 0) + where(from_mask(~(unproven | idle)), total, spread(0.0)))
-    return doubts & ~idle, unproven & ~doubts & ~idle
+    busy, doubtful = (1 << used) - 1, int(bits(doubtful_rows > none))
+    proven = from_mask(busy & ~doubtful & ~int(bits(uneven)))
+    store(objective, 0, load(objective, 0) + where(proven, total, spread(0.0)))
+    many = int(bits(doubtful_rows > spread(np.uint8(m // FEW))))
+    return busy & ~doubtful & int(bits(uneven)), busy & doubtful, busy & many

@@ -43,7 +43,7 @@ def mend(
     """Make the mask of one block the best one; returns how many paths it took, or IMPOSSIBLE.
 
     Scores and mask lie in rows of `columns`. w = scores · factor · other_factor. work.duals holds duals for which every
-    row of the mask is right; or, `afresh`, those of the columns are any, and the mask is not looked at.
+    row of the mask is right; or, `afresh`, any, and the mask is not looked at.
     """
     take_block(tile, absolute, mask, columns, factor, other_factor, m, work)
     if afresh:

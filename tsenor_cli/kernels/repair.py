@@ -108,21 +108,51 @@ def repair(work: Workspace, m: int, n: int) -> int:
 
 @compiled
 def choose(work: Workspace, m: int, n: int) -> None:
-    """Keep the n largest x_j = w_ij - v_j of every row: a start for any v. u_i is the smallest of them."""
+    """Keep the n largest x_j = w_ij - v_j of every row, and let u_i be the smallest of them: a start for any v.
+
+    The nearer u_i was to that, the less there is to do.
+    """
     parts, x = -(-m // LANES), work.distance  # the distances are free until the first path
     lines = parts * LANES
     for i in range(m):
+        kept, threshold = np.int64(0), spread(work.duals[lines + i])
         for c in range(parts):
             store(x, c, load(offset(work.w, i * lines), c) - load(work.duals, c))
-        work.kept[i] = 0
-        for _ in range(n):
-            largest = load(x, 0)
-            for c in range(1, parts):
-                largest = larger(largest, load(x, c))
-            work.duals[lines + i] = largest_of(largest)
-            j = find(x, parts, work.duals[lines + i])
-            x[j] = -NEVER
-            work.kept[i] |= 1 << j
+            kept |= np.int64(bits(load(x, c) > threshold)) << (c * LANES)
+        while bit_count(kept) > n:
+            kept &= ~(1 << least_of(x, kept, parts))
+        while bit_count(kept) < n:
+            kept |= 1 << largest_without(x, kept, parts)
+        work.kept[i] = kept
+        work.duals[lines + i] = x[least_of(x, kept, parts)]
+
+
+@compiled
+def least_of(x: Pointer, members: int, parts: int) -> int:
+    """The place of the smallest of the x whose bits are 1."""
+    least = spread(NEVER)
+    for c in range(parts):
+        least = smaller(least, where(from_mask(members >> (c * LANES)), load(x, c), spread(NEVER)))
+    value = smallest_of(least)
+    for c in range(parts):
+        found = bits(load(x, c) == spread(value)) & (members >> (c * LANES))
+        if found != 0:
+            return int(c * LANES + first_bit(found))
+    return -1
+
+
+@compiled
+def largest_without(x: Pointer, members: int, parts: int) -> int:
+    """The place of the largest of the x whose bits are 0."""
+    largest = spread(-NEVER)
+    for c in range(parts):
+        largest = larger(largest, where(from_mask(members >> (c * LANES)), spread(-NEVER), load(x, c)))
+    value = largest_of(largest)
+    for c in range(parts):
+        found = bits(load(x, c) == spread(value)) & ~(members >> (c * LANES))
+        if found != 0:
+            return int(c * LANES + first_bit(found))
+    return -1
 
 
 @compiled
