@@ -269,7 +269,7 @@ def main() -> None:
     speed(args.size, args.rounds, load(args.peer) if args.peer else None, floor)
     phases()
     certificate(Path(os.environ.get("TMPDIR", "/tmp")) / f"tsenor-bench-{os.getpid()}")
-    growth(3)
+    growth(args.rounds)
     warm(4096, args.rounds)
     first_call()
     if args.json:

@@ -189,7 +189,8 @@ def test_a_warm_start_changes_nothing_but_the_work(text, name):
     cold = solve_mask(scores, text, return_duals=True)
     moved = scores * (1 + 0.01 * torch.randn(64, 96, generator=torch.Generator().manual_seed(0))).clamp_min(0)
     expected = solve_mask(moved, text)
-    for start in (cold, cold.duals, cold.duals.numpy(), torch.zeros_like(cold.duals), 1e6 * cold.duals):
+    huge = torch.full_like(cold.duals, 1e308)
+    for start in (cold, cold.duals, cold.duals.numpy(), torch.zeros_like(cold.duals), 1e6 * cold.duals, huge):
         warm = solve_mask(moved, text, warm_start=start)
         assert torch.equal(warm.mask, expected.mask)
         assert warm.iterations < expected.iterations
@@ -270,6 +271,8 @@ def test_entropic():
         ({"transposable": False, "warm_start": torch.zeros(4, 2, 4)}, "top-n takes and gives no duals"),
         ({"warm_start": torch.zeros(3, 2, 4)}, r"finite duals of shape \(4, 2, 4\)"),
         ({"warm_start": torch.full((4, 2, 4), float("inf"))}, "finite duals"),
+        ({"warm_start": torch.tensor([float("inf"), -float("inf")]).expand(4, 2, 2).repeat(1, 1, 2)}, "finite duals"),
+        ({"warm_start": torch.full((4, 2, 4), float("nan"))}, "finite duals"),
     ],
 )
 def test_options_that_make_no_sense(options, message):
