@@ -210,7 +210,7 @@ def _warm(given: MaskSolution[Any] | Array, shape: tuple[int, int, int]) -> torc
 
 
 def _all_finite(duals: torch.Tensor) -> bool:
-    """A sum is finite only if all are, and quickly taken; not by torch, whose threads spin on for milliseconds after it."""
+    """A sum is finite only if all are, and quickly taken; not by torch, whose threads go on spinning after it."""
     with np.errstate(over="ignore", invalid="ignore"):
         return math.isfinite(duals.numpy().sum()) or bool(torch.isfinite(duals).all())
 
