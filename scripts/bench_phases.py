@@ -13,7 +13,7 @@ import numpy as np
 
 from tsenor_cli.kernels import exact, groups
 from tsenor_cli.kernels.coarse import coarse_pointers, coarsen
-from tsenor_cli.kernels.lanes import LANES, pointer, spread, store
+from tsenor_cli.kernels.lanes import LANES, pointer
 from tsenor_cli.kernels.passes import Ahead, call_dual_passes, dual_passes_address
 from tsenor_cli.kernels.ties import tie_table
 
@@ -33,13 +33,11 @@ def repeat(part, scores, n, m, schedule, addresses, group, ties, mask, times):  
         elif part == 1:
             groups.quantise(raw, False, pointer(ties), m, q, pointer(group.factors))
         elif part == 2:
-            for k in range(m):
-                store(v, k, spread(np.int32(0)))
-            coarsen(q, v, m, work)
+            coarsen(q, u, v, m, work)
         elif part == 3:
             call_dual_passes(addresses[1], work.q, work.u, work.v, schedule.coarse, schedule.furthest, Ahead(0, 0, 0))
         elif part == 4:
-            call_dual_passes(addresses[0], q, u, v, schedule.exact, schedule.furthest, Ahead(0, 0, 0))
+            call_dual_passes(addresses[0], q, u, v, schedule.first + schedule.last, schedule.furthest, Ahead(0, 0, 0))
         elif part == 5:
             groups.keep(
                 raw, False, pointer(ties), q, u, v, n, m, LANES, kept, pointer(group.objective), pointer(group.counts)

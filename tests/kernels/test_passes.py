@@ -24,9 +24,9 @@ def expected(q, n, count, furthest, limits):
 
     q = q.astype(np.int64)
     u, v = np.zeros((2, *q.shape[1:]), np.int64)
-    for half in range(2 * count - 1):
-        beyond = min(half // 2 * passes.RAMP, furthest) if half < 2 * count - 2 else 0
-        if half % 2 == 0:
+    for number in range(count):
+        beyond = min(number // 2 * passes.RAMP, furthest) if number < count - 1 else 0
+        if number % 2 == 0:
             move(u, middle(q - v[None]), beyond)
         else:
             move(v, middle((q - u[:, None]).swapaxes(0, 1)), beyond)
@@ -37,7 +37,8 @@ def expected(q, n, count, furthest, limits):
 @pytest.mark.parametrize("width", [128, 256, 512])
 @pytest.mark.parametrize("dtype", [np.int16, np.int32])
 @pytest.mark.parametrize(("n", "m"), [(1, 2), (2, 4), (3, 5), (4, 8), (8, 16), (5, 24), (16, 32), (32, 64), (1, 64)])
-def test_same_bits_as_a_sort(n, m, dtype, width, furthest, monkeypatch):
+@pytest.mark.parametrize("count", [2, 7])
+def test_same_bits_as_a_sort(n, m, dtype, width, furthest, count, monkeypatch):
     monkeypatch.setattr(passes, "_vector_bits", lambda: width)
     with compiling():
         address = passes.dual_passes_address.__wrapped__(m, n, np.iinfo(dtype).bits)
@@ -47,16 +48,16 @@ def test_same_bits_as_a_sort(n, m, dtype, width, furthest, monkeypatch):
     q[:] = np.random.default_rng(m).integers(low, high, q.shape)
     q[:, 3] = high >> 2  # a lane of equal scores
     q[:, 5] &= high - (high >> 2)
-    function(q.ctypes.data, u.ctypes.data, v.ctypes.data, 4, furthest, q.ctypes.data, 64, 2)  # and q again, ahead
+    function(q.ctypes.data, u.ctypes.data, v.ctypes.data, count, furthest, q.ctypes.data, 64, 2)  # and q again, ahead
     limits = (np.iinfo(dtype).min, np.iinfo(dtype).max)
-    want_u, want_v = expected(q.reshape(m, m, LANES), n, 4, furthest, limits)
+    want_u, want_v = expected(q.reshape(m, m, LANES), n, count, furthest, limits)
     assert np.array_equal(u, want_u)
     assert np.array_equal(v, want_v)
 
 
 @compiled
-def run_coarsen(q, v, m, work):
-    coarse.coarsen(pointer(q), pointer(v), m, coarse.coarse_pointers(work))
+def run_coarsen(q, u, v, m, work):
+    coarse.coarsen(pointer(q), pointer(u), pointer(v), m, coarse.coarse_pointers(work))
 
 
 @compiled
@@ -65,24 +66,33 @@ def run_refine(work, m, v):
 
 
 @pytest.mark.parametrize("m", [2, 5, 16, 64])
-def test_coarse_numbers_keep_their_upper_bits(m):
+def test_coarse_numbers_are_the_upper_bits_of_what_is_left(m):
     rng = np.random.default_rng(m)
-    q, v, work = lanes(m * m, np.int32), lanes(m, np.int32), coarse.coarse(m)
+    q, u, v, work = lanes(m * m, np.int32), lanes(m, np.int32), lanes(m, np.int32), coarse.coarse(m)
     q[:] = rng.random(q.shape) ** rng.integers(1, 9, LANES) * 2 ** rng.integers(0, 29, LANES)
     q[:, :3] = np.array([0, 1, 2**28 - 1])
-    v[:] = rng.integers(-(2**29), 2**29, v.shape)
+    u[:], v[:] = rng.integers(-(2**18), 2**18, (2, m, LANES))
+    v[0] = np.linspace(-(2**29), 2**29, LANES)
+    work.v[:] = 1
     with compiling():
-        run_coarsen(q, v, m, work)
-    shift, mean = work.shift[0], q.mean(axis=0)
+        run_coarsen(q, u, v, m, work)
+    left = q.reshape(m, m, LANES) - u[:, None] - v[None]
+    shift, mean = work.shift[0], np.abs(left[:: coarse.EVERY]).mean(axis=(0, 1))
     assert (shift >= 0).all()
     assert (mean / 2.0**shift <= 2**14 + 1).all()
     assert (mean[shift > 0] / 2.0 ** shift[shift > 0] >= 2**12).all()  # 2^13 is added to every mean
-    centre = work.q * 2.0**shift - q
-    clipped = (work.q == 2**15 - 1) | (work.q == -(2**15))
-    for t in range(LANES):
-        inside = centre[~clipped[:, t], t]
-        assert len(inside) == 0 or np.ptp(inside) < 2.0 ** shift[t]
-    found = lanes(m, np.int32)
+    assert np.array_equal(work.q.reshape(m, m, LANES), np.clip(left >> shift, -(2**15), 2**15 - 1))
+    assert (work.v == 0).all()
+
+
+def test_what_was_found_in_16_bits_is_added():
+    work, v = coarse.coarse(5), lanes(5, np.int32)
+    found, before = np.array([[-5], [0], [1000], [32767], [-32768]]), np.array([[7], [-8], [9], [-10], [11]])
+    work.shift[:], work.v[:], v[:] = np.arange(LANES) + 4, found, before
     with compiling():
-        run_refine(work, m, found)
-    assert np.array_equal(found, np.clip(v >> shift, -(2**15), 2**15 - 1) << shift)
+        run_refine(work, 5, v)
+    exact = before + (found << work.shift[0])
+    assert np.abs(exact).max() > passes.LIMIT
+    assert (np.abs(v) <= passes.LIMIT).all()
+    small = np.abs(exact) < passes.LIMIT - 2**19
+    assert np.array_equal(v[small], exact[small])

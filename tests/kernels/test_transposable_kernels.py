@@ -155,13 +155,14 @@ def test_the_way_there_does_not_matter(name, n, m, monkeypatch):
     scores = hard_scores.make(name, (3 * m, 2 * m), seed=2)
     expected, _ = solve_all(exact.solve_transposable, scores, n, m)
     rng = np.random.default_rng(m)
-    for passes in (Schedule(0, 1, 0), Schedule(1, 2, 3), Schedule(0, 30, 0)):
+    for passes in (Schedule(0, 0, 1, 0), Schedule(1, 3, 1, 3), Schedule(2, 1, 3, 9), Schedule(0, 0, 61, 0)):
         monkeypatch.setattr(exact, "schedule", lambda *_, chosen=passes, **__: chosen)
         mask, _ = solve_all(exact.solve_transposable, scores, n, m)
         assert np.array_equal(mask, expected)
-        duals = rng.standard_normal((6, 2, m)) * scores.max()
-        mask, _ = solve_all(exact.solve_transposable, scores, n, m, duals)
-        assert np.array_equal(mask, expected)
+        for size in (1, 1e30):
+            duals = rng.standard_normal((6, 2, m)) * scores.max() * size
+            mask, _ = solve_all(exact.solve_transposable, scores, n, m, duals)
+            assert np.array_equal(mask, expected)
 
 
 @pytest.mark.parametrize(("n", "m"), [(2, 4), (4, 8), (8, 16), (16, 32), (32, 64)])

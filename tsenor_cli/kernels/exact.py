@@ -31,11 +31,11 @@ UNUSABLE = -2  # returned beside IMPOSSIBLE
 OBJECTIVE, EXCESS, WORST_GAP, REPAIRED = range(4)
 # For m up to: from nothing, and from given duals.
 _SCHEDULES = {
-    4: (Schedule(0, 6, 0), Schedule(0, 3, 0)),
-    8: (Schedule(7, 2, 6), Schedule(3, 1, 6)),
-    16: (Schedule(8, 2, 8), Schedule(5, 1, 8)),
-    32: (Schedule(10, 2, 8), Schedule(6, 1, 8)),
-    64: (Schedule(11, 2, 10), Schedule(7, 1, 10)),
+    4: (Schedule(0, 0, 11, 0), Schedule(0, 0, 5, 0)),
+    8: (Schedule(0, 0, 13, 6), Schedule(0, 0, 7, 6)),
+    16: (Schedule(2, 13, 1, 6), Schedule(1, 7, 1, 6)),
+    32: (Schedule(2, 17, 1, 8), Schedule(1, 11, 1, 8)),
+    64: (Schedule(2, 21, 1, 10), Schedule(1, 15, 1, 10)),
 }
 _NO_DUALS: DualArray = np.empty((0, 2, 0))
 
@@ -96,7 +96,7 @@ def solve_transposable(
         excess=math.fsum(statistics[:, EXCESS]),
         worst_gap=float(statistics[:, WORST_GAP].max(initial=0.0)),
         repaired=int(statistics[:, REPAIRED].sum()),
-        iterations=passes.coarse + passes.exact if blocks else 0,
+        iterations=passes.first + passes.coarse + passes.last if blocks else 0,
     )
 
 
@@ -220,11 +220,12 @@ def find_duals(
 ) -> None:
     """Run the dual passes from v, and during the first of them prefetch what is ahead."""
     if passes.coarse > 0:
-        coarsen(q, v, m, work)
+        call_dual_passes(dual_passes[0], q, u, v, passes.first, 0, Ahead(0, 0, 0))
+        coarsen(q, u, v, m, work)
         call_dual_passes(dual_passes[1], work.q, work.u, work.v, passes.coarse, passes.furthest, ahead)
         refine(work, m, v)
         ahead = Ahead(0, 0, 0)
-    call_dual_passes(dual_passes[0], q, u, v, passes.exact, passes.furthest, ahead)
+    call_dual_passes(dual_passes[0], q, u, v, passes.last, passes.furthest, ahead)
 
 
 @compiled

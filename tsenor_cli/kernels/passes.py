@@ -25,10 +25,11 @@ RAMP = 3  # sixteenths by which a pass goes further than the one before
 
 
 class Schedule(NamedTuple):
-    """How many row passes, and how far they go."""
+    """How many dual passes, rows and columns in turn, and how far they go."""
 
-    coarse: int  # in 16 bits, first
-    exact: int  # in 32 bits; 1 or more
+    first: int  # in 32 bits, to bring rows and columns of any scale near their thresholds
+    coarse: int  # in 16 bits, of what is left; odd
+    last: int  # in 32 bits; odd, as rows come first and last
     furthest: int  # largest over-relaxation, in sixteenths
 
 
@@ -47,10 +48,10 @@ class Ahead(NamedTuple):
 def dual_passes_address(m: int, n: int, bits: int = 32) -> int:
     """Compile or load the dual passes of one pattern; the address is for `call_dual_passes`.
 
-    The function takes q [m, m, LANES], u [m, LANES], v [m, LANES] (integers of 32 or 16 bits), a number of row passes,
-    the largest over-relaxation in sixteenths, and an Ahead; it starts from v and leaves in u and v the duals after that
-    many row passes with column passes between them. A pass goes further than to the middle, by RAMP sixteenths of its
-    way more than the pass before (docs/mathematics.md); the first two passes and the last one do not.
+    The function takes q [m, m, LANES], u [m, LANES], v [m, LANES] (integers of 32 or 16 bits), a number of passes, the
+    largest over-relaxation in sixteenths, and an Ahead; it starts from v and leaves in u and v the duals after that
+    many passes, over the rows and over the columns in turn. They go further than to the middle, both of a pair by RAMP
+    sixteenths of their way more than the pair before (docs/mathematics.md); the first two and the last one do not.
     """
     width = min(LANES, _vector_bits() // bits)
     integers: Untyped = types.CPointer(types.Integer.from_bitwidth(bits))  # type: ignore[no-untyped-call]
@@ -66,16 +67,15 @@ def dual_passes_address(m: int, n: int, bits: int = 32) -> int:
         stride: Untyped,
         lines: Untyped,
     ) -> None:
-        halves = 2 * passes - 1
-        share = -(-lines // halves)  # cache lines to ask for in each row during one half pass
-        for half in range(halves):
+        share = -(-lines // passes)  # cache lines to ask for in each row during one pass
+        for number in range(passes):
             # One loop for both directions, so that the network is compiled once.
-            along_rows = half % 2 == 0
+            along_rows = number % 2 == 0
             line = m * LANES if along_rows else LANES
             step = LANES if along_rows else m * LANES
             fixed = v if along_rows else u
             found = u if along_rows else v
-            beyond = min((half // 2) * RAMP, furthest) if half < halves - 1 else 0
+            beyond = min((number // 2) * RAMP, furthest) if number < passes - 1 else 0
             for k in range(0, m, together):
                 for lane in range(0, LANES, width):
                     _relax(
@@ -91,7 +91,7 @@ def dual_passes_address(m: int, n: int, bits: int = 32) -> int:
                         width,
                     )
                 for row in range(k, k + together):
-                    for part in range(half * share, min((half + 1) * share, lines)):
+                    for part in range(number * share, min((number + 1) * share, lines)):
                         _prefetch(start + row * stride + part * CACHE_LINE)
 
     count = types.intp

@@ -46,7 +46,7 @@ class MaskSolution(Generic[Array]):
     status: Status
     blocks: int  # M×M tiles (transposable) or groups of M (standard)
     repaired: int  # blocks that needed augmenting paths after the dual passes
-    iterations: int  # the most that any block took: row passes (exact), Dykstra iterations (entropic)
+    iterations: int  # the most that any block took: dual passes (exact), Dykstra iterations (entropic)
     seconds: float  # wall time of the whole solve
     duals: Array | None = None  # float64 [blocks, 2, M], u then v, in the unit of the scores; only if asked for
 
