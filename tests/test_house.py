@@ -73,6 +73,14 @@ def test_help_loads_nothing_heavy(arguments):
     subprocess.run([sys.executable, "-c", code, *arguments], check=True, capture_output=True)
 
 
+@pytest.mark.parametrize("command", [[], ["prune"], ["verify"], ["inspect"], ["bench"], ["bench", "masks"]])
+def test_help_shows_its_example_on_a_line_of_its_own(command):
+    arguments = [sys.executable, "-m", "tsenor_cli", *command, "--help"]
+    text = subprocess.run(arguments, check=True, capture_output=True, text=True).stdout
+    assert "\\b" not in text
+    assert command == ["bench"] or "\n  Example: tsenor " in text
+
+
 def test_verify_needs_no_transformers():
     """It checks files; loading transformers would cost more than the check."""
     code = "import sys, tsenor_cli.pipeline; assert 'transformers' not in sys.modules"

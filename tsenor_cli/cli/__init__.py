@@ -33,7 +33,7 @@ class _StoppedError(BaseException):
 @click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
 @click.version_option(__version__, prog_name="tsenor")
 def cli() -> None:
-    r"""Make Hugging Face checkpoints N:M sparse, with provably optimal masks.
+    """Make Hugging Face checkpoints N:M sparse, with provably optimal masks.
 
     \b
     Example: tsenor prune meta-llama/Llama-3.1-8B --nm 2:4

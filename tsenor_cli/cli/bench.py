@@ -64,7 +64,7 @@ def masks(
     verbose: bool,
     **random: Any,  # noqa: ANN401  (what random scores are made of)
 ) -> None:
-    r"""Compare transposable mask solvers: seconds and gap, ours beside the baselines of the TSENOR paper.
+    """Compare transposable mask solvers: seconds and gap, ours beside the baselines of the TSENOR paper.
 
     Before any time is shown, the optimum is confirmed by a solver that is not ours (exit 4 if it is not). Slow
     baselines are measured on as many tiles as they manage in --budget seconds, and their time for all is in

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 @json_option
 @verbose_option
 def inspect(model: str, as_json: bool, verbose: bool) -> None:
-    r"""Show what of MODEL can be pruned: shapes, orientation, the patterns that fit, and kernels that could take it.
+    """Show what of MODEL can be pruned: shapes, orientation, the patterns that fit, and kernels that could take it.
 
     \b
     Example: tsenor inspect ./llama

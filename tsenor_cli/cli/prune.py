@@ -76,7 +76,7 @@ def prune(
     verbose: bool,
     **options: Any,  # noqa: ANN401  (the fields of PruneSpec, under the same names)
 ) -> None:
-    r"""Prune MODEL, a local checkpoint or a hub id (org/name[@revision]), to N:M sparsity.
+    """Prune MODEL, a local checkpoint or a hub id (org/name[@revision]), to N:M sparsity.
 
     Masks are transposable by default: every M×M tile keeps exactly N weights per row and per column, so W and its
     transpose are both N:M. Tensors keep their dtype; whatever is not pruned is copied byte for byte.

@@ -35,7 +35,7 @@ def verify(
     quiet: bool,
     verbose: bool,
 ) -> None:
-    r"""Check the pruned checkpoint in DIRECTORY from its files alone; exit 4 with the first places that fail.
+    """Check the pruned checkpoint in DIRECTORY from its files alone; exit 4 with the first places that fail.
 
     Every group of M in every pruned tensor, negative zeros, values that are not finite; with --against also that
     every other tensor and file is bit-identical and every kept weight unchanged.
