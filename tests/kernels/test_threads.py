@@ -57,7 +57,7 @@ def test_scratch_is_kept_for_its_key_alone():
 
 
 @pytest.mark.usefixtures("two_threads")
-@pytest.mark.filterwarnings("ignore:.*multi-threaded:DeprecationWarning")
+@pytest.mark.filterwarnings("ignore:.*multi-threaded:DeprecationWarning")  # of fork, from Python 3.12 on: on purpose
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork on this system")
 def test_a_forked_process_has_threads_of_its_own():
     scores = np.random.default_rng(0).random((512, 2048), np.float32)

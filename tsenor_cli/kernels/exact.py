@@ -218,7 +218,7 @@ def find_duals(
     u: Pointer,
     v: Pointer,
 ) -> None:
-    """Run the dual passes from v, and during the first of them prefetch what is ahead."""
+    """Run the dual passes from v, and meanwhile prefetch what is ahead."""
     if passes.coarse > 0:
         call_dual_passes(dual_passes[0], q, u, v, passes.first, 0, Ahead(0, 0, 0))
         coarsen(q, u, v, m, work)

@@ -34,7 +34,6 @@ from tsenor_cli.kernels.lanes import (
 )
 from tsenor_cli.kernels.transpose import put_columns, take_columns
 
-ALL = (1 << LANES) - 1
 FEW = 4  # rows
 Q_BITS = 28  # scores in the dual passes are integers below 2^28
 UP, DOWN = 0, 2  # rows of `factors`, see quantise
