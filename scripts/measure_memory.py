@@ -1,11 +1,13 @@
 #!/usr/bin/env python3
 """Measure what `tsenor prune` needs of memory and time on a checkpoint of a given size.
 
-    scripts/measure_memory.py [--gib 4] [--nm 2:4] [--limit-mib 1536] [PRUNE OPTION...]
+    scripts/measure_memory.py [--gib 4] [--shapes 8b] [--nm 2:4] [--limit-mib 1536] [--hold-bound] [PRUNE OPTION...]
+    scripts/measure_memory.py --gib 3 --shapes 1.5b --hold-bound --method sparsegpt --samples 32
 
-Makes a random bf16 checkpoint with the shapes of Llama 3 8B, copies it with fsync for comparison, and prunes it
-in a fresh process. Memory is counted above what the process held once everything was imported. The first run
-after a change compiles kernels too, the second takes them from the cache. Linux only.
+Makes a random bf16 checkpoint with the shapes of Llama 3 8B, or of a model of a fifth of its size, copies it with
+fsync for comparison, and prunes it in a fresh process. With a calibrated method it gets a tokenizer and a text.
+Memory is counted above what the process held once everything was imported, and compared with what --dry-run said.
+The first run after a change compiles kernels too, the second takes them from the cache. Linux only.
 """
 
 from __future__ import annotations
@@ -13,6 +15,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import random
 import shutil
 import subprocess
 import sys
@@ -21,18 +24,30 @@ import threading
 import time
 import zlib
 from pathlib import Path
+from typing import NamedTuple
 
 MIB = 2**20
 GIB = 2**30
 SHARDS = 4
 
-HIDDEN = 4096
-INTERMEDIATE = 14336
-KEY_VALUE = 1024
 VOCABULARY = 32000  # at least; takes up what is left after the last whole layer
 BYTES_PER_WEIGHT = 2
 
 SAMPLE_EVERY_S = 0.05
+TEXT_BYTES = 2**21
+ENVIRONMENT = os.environ | {"HF_HUB_OFFLINE": "1"}  # all models are local
+
+
+class Shapes(NamedTuple):
+    """Sizes of a Llama."""
+
+    hidden: int
+    intermediate: int
+    key_value: int
+    heads: int
+
+
+SHAPES = {"8b": Shapes(4096, 14336, 1024, 32), "1.5b": Shapes(2048, 8192, 512, 16)}
 
 
 def main() -> None:
@@ -41,26 +56,36 @@ def main() -> None:
         return
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--gib", type=float, default=4.0, help="size of the checkpoint in GiB [4]")
+    parser.add_argument("--shapes", choices=SHAPES, default="8b", help="sizes of its layers [8b]")
     parser.add_argument("--nm", default="2:4", help="pattern [2:4]")
+    parser.add_argument("--method", default="magnitude", help="pruning method [magnitude]")
     parser.add_argument("--limit-mib", type=float, help="exit 1 when the peak above the imports is more MiB")
+    parser.add_argument("--hold-bound", action="store_true", help="exit 1 when it is more than --dry-run has said")
     parser.add_argument("--dir", type=Path, help="where to work; needs three times the size [the temporary directory]")
-    args, prune_options = parser.parse_known_args()
-    size = round(args.gib * GIB)
-    if size < smallest_bytes():
-        parser.error(f"--gib must be at least {smallest_bytes() / GIB:.2f}: one layer and the vocabulary")
+    args, options = parser.parse_known_args()
+    size, shapes = round(args.gib * GIB), SHAPES[args.shapes]
+    if size < smallest_bytes(shapes):
+        parser.error(f"--gib must be at least {smallest_bytes(shapes) / GIB:.2f}: one layer and the vocabulary")
     with tempfile.TemporaryDirectory(prefix="tsenor-memory-", dir=args.dir) as folder:
-        peak_mib = measure(Path(folder), size, ["--nm", args.nm, *prune_options])
-    if args.limit_mib is not None and peak_mib > args.limit_mib:
-        sys.exit(f"over the limit: {peak_mib:.0f} MiB above the imports, {args.limit_mib:.0f} allowed")
+        options = ["--nm", args.nm, "--method", args.method, *options]
+        if args.method != "magnitude":
+            options += ["--calibration", str(Path(folder) / "text.txt")]
+        peak_mib, bound_mib = measure(Path(folder), size, shapes, options)
+    limits = [args.limit_mib, bound_mib if args.hold_bound else None]
+    if any(limit is not None and peak_mib > limit for limit in limits):
+        sys.exit(f"over the limit: {peak_mib:.0f} MiB above the imports, {limits} allowed")
 
 
-def measure(folder: Path, size: int, options: list[str]) -> float:
-    """Print all figures; returns the peak above the imports in MiB."""
+def measure(folder: Path, size: int, shapes: Shapes, options: list[str]) -> tuple[float, float]:
+    """Print all figures; returns the peak above the imports and what --dry-run says of it, in MiB."""
     source = folder / "checkpoint"
-    make_checkpoint(source, size)
+    make_checkpoint(source, size, shapes)
+    make_text(folder / "text.txt")
     copy_s = timed_copy(source, folder / "copy")
     shutil.rmtree(folder / "copy")
-    run = run_child(folder, ["prune", str(source), "-o", str(folder / "pruned"), *options])
+    command = ["prune", str(source), "-o", str(folder / "pruned"), *options]
+    bound = dry_run(command)
+    run = run_child(folder, command)
     above = (run["peak"] - run["baseline"]) / MIB
     weights = sum(f.stat().st_size for f in source.glob("*.safetensors"))
     print(f"checkpoint           {weights / GIB:8.2f} GiB in {SHARDS} shards; options: {' '.join(options)}")
@@ -69,22 +94,37 @@ def measure(folder: Path, size: int, options: list[str]) -> float:
     print(f"peak above imports   {above:8.0f} MiB")
     print(f"  largest anonymous  {run['anonymous'] / MIB:8.0f} MiB   sampled every {SAMPLE_EVERY_S * 1000:.0f} ms")
     print(f"  largest file-backed{run['file'] / MIB:8.0f} MiB   each at its own moment, imports included")
+    print(f"--dry-run says       {sum(bound.values()) / MIB:8.0f} MiB")
+    for part, nbytes in bound.items():
+        print(f"  {part:27} {nbytes / MIB:8.0f} MiB")
     print(f"prune                {run['seconds']:8.1f} s     without the imports")
     print(f"copy and fsync       {copy_s:8.1f} s     prune / copy = {run['seconds'] / copy_s:.2f}")
-    return above
+    return above, sum(bound.values()) / MIB
 
 
-def layer_shapes() -> dict[str, tuple[int, ...]]:
+def dry_run(command: list[str]) -> dict[str, int]:
+    """What the command says it will need, in bytes by what it is for."""
+    done = subprocess.run(
+        [sys.executable, "-m", "tsenor_cli", *command, "--dry-run", "--json"],
+        check=True,
+        capture_output=True,
+        env=ENVIRONMENT,
+    )
+    return json.loads(done.stdout)["memory"]
+
+
+def layer_shapes(shapes: Shapes) -> dict[str, tuple[int, ...]]:
+    hidden, intermediate, key_value, _ = shapes
     return {
-        "input_layernorm.weight": (HIDDEN,),
-        "self_attn.q_proj.weight": (HIDDEN, HIDDEN),
-        "self_attn.k_proj.weight": (KEY_VALUE, HIDDEN),
-        "self_attn.v_proj.weight": (KEY_VALUE, HIDDEN),
-        "self_attn.o_proj.weight": (HIDDEN, HIDDEN),
-        "post_attention_layernorm.weight": (HIDDEN,),
-        "mlp.gate_proj.weight": (INTERMEDIATE, HIDDEN),
-        "mlp.up_proj.weight": (INTERMEDIATE, HIDDEN),
-        "mlp.down_proj.weight": (HIDDEN, INTERMEDIATE),
+        "input_layernorm.weight": (hidden,),
+        "self_attn.q_proj.weight": (hidden, hidden),
+        "self_attn.k_proj.weight": (key_value, hidden),
+        "self_attn.v_proj.weight": (key_value, hidden),
+        "self_attn.o_proj.weight": (hidden, hidden),
+        "post_attention_layernorm.weight": (hidden,),
+        "mlp.gate_proj.weight": (intermediate, hidden),
+        "mlp.up_proj.weight": (intermediate, hidden),
+        "mlp.down_proj.weight": (hidden, intermediate),
     }
 
 
@@ -95,33 +135,33 @@ def shape_bytes(shape: tuple[int, ...]) -> int:
     return weights
 
 
-def layer_bytes() -> int:
-    return sum(map(shape_bytes, layer_shapes().values()))
+def layer_bytes(shapes: Shapes) -> int:
+    return sum(map(shape_bytes, layer_shapes(shapes).values()))
 
 
-def smallest_bytes() -> int:
-    return layer_bytes() + 2 * shape_bytes((VOCABULARY, HIDDEN)) + shape_bytes((HIDDEN,))
+def smallest_bytes(shapes: Shapes) -> int:
+    return layer_bytes(shapes) + 2 * shape_bytes((VOCABULARY, shapes.hidden)) + shape_bytes((shapes.hidden,))
 
 
-def plan(size: int) -> tuple[int, int]:
-    """How many layers and words make a checkpoint of `size` bytes, one word (16 KiB) short at most."""
-    layers = 1 + (size - smallest_bytes()) // layer_bytes()
-    rest = size - layers * layer_bytes() - shape_bytes((HIDDEN,))
-    return layers, rest // (2 * shape_bytes((HIDDEN,)))
+def plan(size: int, shapes: Shapes) -> tuple[int, int]:
+    """How many layers and words make a checkpoint of `size` bytes, one word short at most."""
+    layers = 1 + (size - smallest_bytes(shapes)) // layer_bytes(shapes)
+    rest = size - layers * layer_bytes(shapes) - shape_bytes((shapes.hidden,))
+    return layers, rest // (2 * shape_bytes((shapes.hidden,)))
 
 
-def all_shapes(layers: int, words: int) -> dict[str, tuple[int, ...]]:
-    shapes: dict[str, tuple[int, ...]] = {"model.embed_tokens.weight": (words, HIDDEN)}
+def all_shapes(layers: int, words: int, shapes: Shapes) -> dict[str, tuple[int, ...]]:
+    found: dict[str, tuple[int, ...]] = {"model.embed_tokens.weight": (words, shapes.hidden)}
     for i in range(layers):
-        shapes |= {f"model.layers.{i}.{name}": shape for name, shape in layer_shapes().items()}
-    return shapes | {"model.norm.weight": (HIDDEN,), "lm_head.weight": (words, HIDDEN)}
+        found |= {f"model.layers.{i}.{name}": shape for name, shape in layer_shapes(shapes).items()}
+    return found | {"model.norm.weight": (shapes.hidden,), "lm_head.weight": (words, shapes.hidden)}
 
 
-def make_checkpoint(folder: Path, size: int) -> None:
+def make_checkpoint(folder: Path, size: int, sizes: Shapes) -> None:
     """Write the checkpoint tensor by tensor, so that this process stays small too."""
     folder.mkdir()
-    layers, words = plan(size)
-    shapes = all_shapes(layers, words)
+    layers, words = plan(size, sizes)
+    shapes = all_shapes(layers, words, sizes)
     shards: list[dict[str, tuple[int, ...]]] = [{} for _ in range(SHARDS)]
     done = 0
     for name, shape in shapes.items():
@@ -134,20 +174,37 @@ def make_checkpoint(folder: Path, size: int) -> None:
         weight_map |= dict.fromkeys(shard, file)
     index = {"metadata": {"total_size": done}, "weight_map": weight_map}
     (folder / "model.safetensors.index.json").write_text(json.dumps(index), encoding="utf-8")
-    (folder / "config.json").write_text(json.dumps(config(layers, words)), encoding="utf-8")
+    (folder / "config.json").write_text(json.dumps(config(layers, words, sizes)), encoding="utf-8")
+    add_tokenizer(folder)
 
 
-def config(layers: int, words: int) -> dict[str, object]:
+def add_tokenizer(folder: Path) -> None:
+    """A token for each byte: the model is random, too."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
+    tokenizer = Tokenizer(models.BPE({letter: i for i, letter in enumerate(letters)}, []))
+    tokenizer.pre_tokenizer, tokenizer.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer).save_pretrained(folder)
+
+
+def make_text(path: Path) -> None:
+    generator = random.Random(0)
+    path.write_text("".join(generator.choices("abcdefghijklmnopqrstuvwxyz .,\n", k=TEXT_BYTES)), encoding="utf-8")
+
+
+def config(layers: int, words: int, shapes: Shapes) -> dict[str, object]:
     return {
         "architectures": ["LlamaForCausalLM"],
         "model_type": "llama",
         "dtype": "bfloat16",
         "vocab_size": words,
-        "hidden_size": HIDDEN,
-        "intermediate_size": INTERMEDIATE,
+        "hidden_size": shapes.hidden,
+        "intermediate_size": shapes.intermediate,
         "num_hidden_layers": layers,
-        "num_attention_heads": 32,
-        "num_key_value_heads": KEY_VALUE * 32 // HIDDEN,
+        "num_attention_heads": shapes.heads,
+        "num_key_value_heads": shapes.key_value * shapes.heads // shapes.hidden,
         "max_position_embeddings": 8192,
         "tie_word_embeddings": False,
     }
@@ -186,7 +243,7 @@ def timed_copy(source: Path, target: Path) -> float:
 def run_child(folder: Path, command: list[str]) -> dict[str, float]:
     """Run tsenor in a fresh process; its own figures, and the largest that were sampled from outside."""
     record = folder / "record.json"
-    child = subprocess.Popen([sys.executable, __file__, "--in-child", str(record), *command])
+    child = subprocess.Popen([sys.executable, __file__, "--in-child", str(record), *command], env=ENVIRONMENT)
     sampled = {"anonymous": 0, "file": 0}
     sampler = threading.Thread(target=sample, args=(child, sampled))
     sampler.start()

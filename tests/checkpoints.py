@@ -558,3 +558,15 @@ def _add_other_files(directory: Path) -> None:
 
 def _write_json(path: Path, content: Mapping[str, Any]) -> None:
     path.write_text(json.dumps(content, indent=2) + "\n")
+
+
+def add_tokenizer(directory: Path) -> Path:
+    """Give a checkpoint a tokenizer: a token for each letter, number 2 between texts."""
+    from tokenizers import Regex, Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    letters = {chr(32 + i): 5 + i for i in range(VOCAB - 10)}
+    tokenizer = Tokenizer(models.WordLevel({"<unk>": 0, "</s>": 2, **letters}, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex("."), "isolated")
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="</s>").save_pretrained(directory)
+    return directory

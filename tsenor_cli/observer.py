@@ -16,3 +16,6 @@ class Observer:
 
     def advanced(self, name: str, nbytes: int) -> None:
         """`nbytes` more of the input, all of them in tensor `name`, are done."""
+
+    def entered(self, stage: str) -> None:
+        """A part of the run that has a name begins."""

@@ -1,79 +1,109 @@
-"""The map: resolve → open → plan → (read → prune → write, tensor by tensor) → record.
+"""The map: resolve → open → plan → prune (layer by layer what needs calibration, the rest band by band) → record.
 
-`plan_prune`, `prune` and `verify` are all that the command line and the library call; every room is reached from here.
+`plan_prune`, `prune`, `verify` and `evaluate` are all that the command line and the library call; every room is reached
+from here.
 """
 
 from __future__ import annotations
 
-import math
 import os
 import time
-from functools import partial
+from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
-from typing import BinaryIO
+from typing import TYPE_CHECKING, Any
 
 import torch
 
-from tsenor_cli.checkpoint.layouts import from_matrices, to_matrices
-from tsenor_cli.checkpoint.plan import Plan, TensorPlan, enforce, make_plan
-from tsenor_cli.checkpoint.reader import open_checkpoint
+from tsenor_cli.checkpoint.plan import Plan, enforce, make_plan
+from tsenor_cli.checkpoint.reader import Checkpoint, open_checkpoint
 from tsenor_cli.checkpoint.source import resolve_checkpoint
 from tsenor_cli.checkpoint.verifier import Verification, verify_checkpoint
 from tsenor_cli.checkpoint.writer import (
     REPORT_FILE,
+    OutputShards,
     check_output,
     check_space,
     copy_file,
-    shard_writer,
     staged_output,
     write_text,
 )
-from tsenor_cli.errors import InputRefused, UsageError
-from tsenor_cli.masks.solve import solve_mask
+from tsenor_cli.errors import UsageError
 from tsenor_cli.observer import Observer
-from tsenor_cli.pruners.base import PrunedLayer, Pruner, SolveMask
+from tsenor_cli.pruners.alps import Alps
+from tsenor_cli.pruners.base import BoundSolver, Pruner
 from tsenor_cli.pruners.magnitude import Magnitude
-from tsenor_cli.report.build import Tally, build_report, kept_record
+from tsenor_cli.pruners.sparsegpt import SparseGPT
+from tsenor_cli.pruners.wanda import Wanda
+from tsenor_cli.report.build import build_report
 from tsenor_cli.report.card import CARD_FILE, model_card
 from tsenor_cli.report.records import Report, TensorRecord
-from tsenor_cli.specs import NMPattern, PruneSpec
+from tsenor_cli.specs import CALIBRATED, METHODS, UPDATING, NMPattern, PruneSpec
+from tsenor_cli.streaming import copy_tensor, prune_bands
 
-_PRUNERS: dict[str, type[Pruner]] = {"magnitude": Magnitude}
+if TYPE_CHECKING:
+    from tsenor_cli.calibration.perplexity import Perplexity
+    from tsenor_cli.calibration.tokens import TextTokens
 
 
 def plan_prune(spec: PruneSpec) -> Plan:
     """Decide what would be done to every tensor, from headers alone; nothing is written."""
-    _solver(spec)
-    return make_plan(open_checkpoint(*resolve_checkpoint(spec.model)), spec)
+    _check_methods(spec)
+    _solvers(spec)
+    return _plan(open_checkpoint(*resolve_checkpoint(spec.model)), spec)
 
 
 def prune(spec: PruneSpec, observer: Observer | None = None) -> Report:
     """Prune the checkpoint `spec.model` into `spec.output`, streaming tensors from disk to disk.
 
-    Memory stays bounded by one band of one tensor. The output appears only when it is complete.
+    In memory are a band of a tensor, or, where calibration is needed, one decoder layer with what it needs (see
+    Plan.memory). The output appears only when it is complete.
 
     Raises:
         UsageError, InputRefused, CheckFailed, OutputUnavailable, TsenorError: see errors.py; nothing is left behind.
     """
     started, observer = time.perf_counter(), observer or Observer()
     output = Path(os.path.abspath(spec.output))  # noqa: PTH100  (resolve() would follow a link)
-    pruner, solver = _pruner(spec), _solver(spec)
+    _check_methods(spec)
+    pruners, solvers = _pruners(spec), _solvers(spec)
     directory, revision = resolve_checkpoint(spec.model)
     check_output(output, directory, overwrite=spec.overwrite)
     checkpoint = open_checkpoint(directory, revision)
-    plan = make_plan(checkpoint, spec)
+    plan = _plan(checkpoint, spec)
     enforce(plan, spec)
     check_space(output, checkpoint.nbytes)
+    tokens, eval_tokens = _calibration_tokens(spec, plan), _eval_tokens(spec, checkpoint)
     observer.planned(plan)
     with staged_output(output) as staging:
-        records: list[TensorRecord] = []
-        for shard in checkpoint.shards:
-            with shard_writer(shard, staging) as file:
-                items = [plan.by_name[tensor.name] for tensor in shard.tensors]
-                records += [_write_tensor(item, pruner, solver, spec.pattern.m, file, observer) for item in items]
+        before = _measure(checkpoint, eval_tokens, observer, spec.memory_budget) if eval_tokens else None
+        shards = OutputShards(checkpoint, staging)
+        records: dict[str, TensorRecord] = {}
+        if tokens is not None:
+            from tsenor_cli.layerwise import Layerwise
+
+            layerwise = Layerwise(plan, pruners, solvers, spec.few_tokens, shards, observer)
+            records |= layerwise.run(tokens.windows, staging if plan.spills else None)
+        for item in plan.tensors:
+            if item.tensor.name in records:
+                continue
+            if item.choice is None or not item.pruned:
+                records[item.tensor.name] = copy_tensor(item, shards, observer)
+            else:
+                pruner, solver = pruners[item.choice.method], solvers[item.choice.pattern]
+                records[item.tensor.name] = prune_bands(item, pruner, solver, shards, observer)
+        shards.sync()
         for relative in checkpoint.other_files:
             copy_file(checkpoint.directory / relative, staging / relative)
-        report = build_report(spec, plan, records, pruner.citation, time.perf_counter() - started)
+        after = _measure(open_checkpoint(staging), eval_tokens, observer, spec.memory_budget) if eval_tokens else None
+        report = build_report(
+            spec,
+            plan,
+            [records[item.tensor.name] for item in plan.tensors],
+            {name: pruner.citation for name, pruner in pruners.items()},
+            time.perf_counter() - started,
+            tokens.to_dict() if tokens is not None else None,
+            {"before": before.to_dict(), "after": after.to_dict()} if before and after else None,
+        )
         write_text(staging / CARD_FILE, model_card(checkpoint, spec, report))
         write_text(staging / REPORT_FILE, report.to_json())
     return report
@@ -93,54 +123,126 @@ def verify(
     return verify_checkpoint(checkpoint, pattern, original, (observer or Observer()).advanced)
 
 
-def _pruner(spec: PruneSpec) -> Pruner:
-    if spec.method not in _PRUNERS:
-        raise UsageError(f"unknown method {spec.method!r}", f"known: {', '.join(_PRUNERS)}")
-    return _PRUNERS[spec.method]()
+def evaluate(
+    model: str,
+    text: str,
+    *,
+    field: str = "text",
+    sequence_length: int | None = None,
+    max_windows: int | None = None,
+    memory_budget: int | None = None,
+    observer: Observer | None = None,
+) -> Perplexity:
+    """Perplexity of a checkpoint on a text, one decoder layer in memory at a time (see calibration/perplexity.py).
+
+    Raises:
+        UsageError, InputRefused: the text or the checkpoint cannot be used.
+        TsenorError: the loss is not finite.
+    """
+    checkpoint = open_checkpoint(*resolve_checkpoint(model))
+    tokens = _text_tokens(checkpoint, text, field, sequence_length, max_windows)
+    return _measure(checkpoint, tokens, observer or Observer(), memory_budget)
 
 
-def _solver(spec: PruneSpec) -> SolveMask:
-    """What every pruner is handed to find its masks with."""
-    solver = partial(
-        solve_mask,
-        pattern=spec.pattern,
-        solver=spec.solver,
-        device=spec.device,
-        tau=spec.tau,
-        iterations=spec.iterations,
-        local_search=spec.local_search,
+def _text_tokens(
+    checkpoint: Checkpoint, text: str, field: str, sequence_length: int | None, limit: int | None = None
+) -> TextTokens:
+    """The windows of a text that perplexity is measured on."""
+    from tsenor_cli.calibration.tokens import all_windows
+    from tsenor_cli.checkpoint.adapter.tokenizer import CheckpointTokenizer, window_length
+
+    length = window_length(checkpoint, sequence_length)
+    return all_windows(text, CheckpointTokenizer(checkpoint.directory), length=length, limit=limit, field=field)
+
+
+def _measure(checkpoint: Checkpoint, tokens: TextTokens, observer: Observer, memory_budget: int | None) -> Perplexity:
+    from tsenor_cli.calibration.perplexity import measure_perplexity
+
+    return measure_perplexity(checkpoint, tokens, observer, memory_budget)
+
+
+def _eval_tokens(spec: PruneSpec, checkpoint: Checkpoint) -> TextTokens | None:
+    """The text to measure perplexity on before and after, in windows like those of the calibration."""
+    if spec.eval_text is None:
+        return None
+    field, length = ("text", None)
+    if spec.calibration is not None:
+        field, length = spec.calibration.field, spec.calibration.sequence_length
+    return _text_tokens(checkpoint, spec.eval_text, field, length)
+
+
+def _calibration_tokens(spec: PruneSpec, plan: Plan) -> TextTokens | None:
+    """The tokens that calibrated methods see, if any tensor gets one."""
+    if not plan.calibrated:
+        return None
+    from tsenor_cli.calibration.tokens import calibration_windows
+    from tsenor_cli.checkpoint.adapter.tokenizer import CheckpointTokenizer, window_length
+
+    wanted = spec.calibration
+    assert wanted is not None, "_check_methods has seen to that"
+    tokenizer = CheckpointTokenizer(plan.checkpoint.directory)
+    length = window_length(plan.checkpoint, wanted.sequence_length)
+    return calibration_windows(
+        wanted.source, tokenizer, samples=wanted.samples, length=length, seed=wanted.seed, field=wanted.field
     )
-    solver(torch.empty(0, spec.pattern.m))  # no scores, but options that contradict each other are refused
-    return solver
 
 
-def _write_tensor(
-    item: TensorPlan, pruner: Pruner, solver: SolveMask, m: int, file: BinaryIO, observer: Observer
-) -> TensorRecord:
-    """Stream one tensor into the open shard: band by band through the pruner, or byte for byte."""
-    tensor = item.tensor
-    if not item.pruned:
-        for chunk in tensor.chunks():
-            file.write(chunk)
-            observer.advanced(tensor.name, len(chunk))
-        return kept_record(item)
-    tally = Tally()
-    for first, last in item.bands(m):
-        band = tensor.read(first, last)
-        pruned = _prune_band(item, band, pruner, solver, tally)
-        file.write(pruned.view(-1).view(torch.uint8).numpy().data)
-        observer.advanced(tensor.name, band.nbytes)
-    return tally.record(item)
+def _plan(checkpoint: Checkpoint, spec: PruneSpec) -> Plan:
+    """The plan, with what calibration will need of memory, and whether hidden states have to go to disk.
 
+    Raises:
+        UsageError: the memory budget is too small even so.
+    """
+    plan = make_plan(checkpoint, spec)
+    if plan.calibrated:
+        from tsenor_cli.calibration.memory import expected_memory
+        from tsenor_cli.checkpoint.adapter.tokenizer import window_length
 
-def _prune_band(item: TensorPlan, band: torch.Tensor, pruner: Pruner, solver: SolveMask, tally: Tally) -> torch.Tensor:
-    """One band in the tensor's own layout and dtype, pruned."""
-    assert item.layout is not None
-    if not all(map(math.isfinite, torch.stack(torch.aminmax(band)).tolist())):  # NaN travels through min and max
-        raise InputRefused(
-            f"{item.tensor.name} has NaN or infinite weights", "the checkpoint is damaged: fetch it again"
+        assert spec.calibration is not None
+        length = window_length(checkpoint, spec.calibration.sequence_length)
+        memory = expected_memory(plan, spec.calibration.samples, length, gram=not spec.methods.isdisjoint(UPDATING))
+        plan = replace(plan, memory=memory)
+    if spec.memory_budget is None or plan.peak_bytes <= spec.memory_budget:
+        return plan
+    spilled = plan.spilled()
+    if spilled.peak_bytes > spec.memory_budget:
+        raise UsageError(
+            f"--memory-budget {spec.memory_budget:,} bytes is too small", f"at least {spilled.peak_bytes:,} are needed"
         )
-    weight = to_matrices(band, item.layout)
-    layer: PrunedLayer = pruner.prune(weight, solver)
-    tally.add(weight, layer)
-    return from_matrices(layer.weight, item.layout).contiguous()
+    return spilled
+
+
+def _check_methods(spec: PruneSpec) -> None:
+    """Methods and the options that belong to them fit together."""
+    if unknown := spec.methods - set(METHODS):
+        raise UsageError(f"unknown method {min(unknown)!r}", f"known: {', '.join(METHODS)}")
+    calibrated = sorted(spec.methods & CALIBRATED)
+    if calibrated and spec.calibration is None:
+        raise UsageError(f"{calibrated[0]} has to see text", "give it with --calibration FILE")
+    if not calibrated and spec.calibration is not None:
+        raise UsageError(
+            "--calibration is given, and no method needs it", "choose one with --method, such as sparsegpt"
+        )
+    if not spec.update and spec.methods.isdisjoint(UPDATING):
+        raise UsageError("--no-update: no method changes weights", f"it is for {' and '.join(sorted(UPDATING))}")
+
+
+def _pruners(spec: PruneSpec) -> Mapping[str, Pruner]:
+    return {
+        "magnitude": Magnitude(),
+        "wanda": Wanda(),
+        "sparsegpt": SparseGPT(damping=spec.damping, update=spec.update),
+        "alps": Alps(damping=spec.damping, update=spec.update),
+    }
+
+
+def _solvers(spec: PruneSpec) -> Mapping[NMPattern, BoundSolver]:
+    """What pruners are handed to find their masks with, for every pattern of the run."""
+    patterns = {rule.choice.pattern for rule in spec.rules if rule.choice is not None}
+    if spec.pattern is not None:
+        patterns.add(spec.pattern)
+    options: dict[str, Any] = {"tau": spec.tau, "iterations": spec.iterations, "local_search": spec.local_search}
+    solvers = {pattern: BoundSolver(pattern, spec.solver, spec.device, **options) for pattern in patterns}
+    for pattern, solver in solvers.items():
+        solver(torch.empty(0, pattern.m))  # no scores, but options that contradict each other are refused
+    return solvers

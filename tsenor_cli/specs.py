@@ -7,12 +7,16 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
+from fnmatch import fnmatchcase
 from pathlib import Path
 
 from tsenor_cli.errors import UsageError
 
 MAX_M = 64
 SOLVERS = ("exact", "entropic")  # of transposable masks
+METHODS = ("magnitude", "wanda", "sparsegpt", "alps")
+CALIBRATED = frozenset(METHODS[1:])  # those that have to see what goes into a weight
+UPDATING = frozenset({"sparsegpt", "alps"})  # those that change the weights that stay
 
 
 @dataclass(frozen=True)
@@ -56,20 +60,78 @@ class NMPattern:
 
 
 @dataclass(frozen=True)
+class Choice:
+    """What is done to one tensor."""
+
+    pattern: NMPattern
+    method: str
+
+
+@dataclass(frozen=True)
+class Rule:
+    """What is done to the tensors whose name fits one of `match`; nothing if there is no `choice`."""
+
+    match: tuple[str, ...]  # globs, or re:REGEX
+    choice: Choice | None
+
+
+@dataclass(frozen=True)
+class CalibrationSpec:
+    """The text that calibrated methods see."""
+
+    source: str  # a file, "-", or hf:dataset[:config][:split]
+    field: str = "text"  # of a line of JSON or a row of a table
+    samples: int = 128
+    sequence_length: int | None = None  # tokens; None: as many as the model can, 2048 at most
+    seed: int = 0
+
+
+@dataclass(frozen=True)
 class PruneSpec:
     """Everything that decides the bytes of a pruned checkpoint, and where they go."""
 
     model: str  # a local directory, or a hub id: org/name[@revision]
     output: Path
-    pattern: NMPattern
+    pattern: NMPattern | None  # for tensors that no rule fits; None leaves those alone
     method: str = "magnitude"
+    rules: tuple[Rule, ...] = ()  # the first that fits a tensor decides
     solver: str = "exact"  # one of SOLVERS
     tau: float | None = None  # these three: see masks.solve.solve_mask; None is its default
     iterations: int | None = None
     local_search: int | None = None
+    calibration: CalibrationSpec | None = None
+    update: bool = True  # let sparsegpt and alps change the weights that stay
+    damping: float = 0.01  # of a Gram matrix's mean diagonal
+    few_tokens: str = "magnitude"  # what is done to an expert that saw too few tokens: or "error"
+    memory_budget: int | None = None  # bytes above the imports
+    eval_text: str | None = None  # measure perplexity on it before and after
     only: tuple[str, ...] = ()  # name patterns: a glob, or re:REGEX
     ignore: tuple[str, ...] = ()
     min_coverage: float = 0.0  # share of the prunable parameters, 0 to 1
     strict: bool = False
     device: str = "auto"
     overwrite: bool = False
+
+    def choice(self, name: str) -> Choice | None:
+        """What the rules say of a tensor, or else the defaults."""
+        for rule in self.rules:
+            if any(matches(name, pattern) for pattern in rule.match):
+                return rule.choice
+        return Choice(self.pattern, self.method) if self.pattern is not None else None
+
+    @property
+    def methods(self) -> set[str]:
+        """Every method that some tensor could get."""
+        found = {rule.choice.method for rule in self.rules if rule.choice is not None}
+        return found | ({self.method} if self.pattern is not None else set())
+
+
+def matches(name: str, pattern: str) -> bool:
+    """Whether a tensor name fits a user's pattern: `re:REGEX` (searched), or a glob over the whole name or module."""
+    if pattern.startswith("re:"):
+        try:
+            return re.search(pattern[3:], name) is not None
+        except re.error as error:
+            raise UsageError(f"{pattern!r} is not a regular expression ({error})", "see Python's re module") from error
+    module = name.removesuffix(".weight")
+    return fnmatchcase(name, pattern) or fnmatchcase(module, pattern)

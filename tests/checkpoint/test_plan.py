@@ -9,12 +9,12 @@ import torch
 import transformers
 from checkpoints import make_checkpoint, write_checkpoint
 
-from tsenor_cli.checkpoint import layers
+from tsenor_cli.checkpoint.adapter import roles
 from tsenor_cli.checkpoint.layouts import LAYOUTS, from_matrices, matrix_size, to_matrices
-from tsenor_cli.checkpoint.plan import BAND_BYTES, TensorPlan, enforce, make_plan, matches
+from tsenor_cli.checkpoint.plan import BAND_BYTES, bands, enforce, make_plan
 from tsenor_cli.checkpoint.reader import DiskTensor, open_checkpoint
 from tsenor_cli.errors import CheckFailed, InputRefused, UsageError
-from tsenor_cli.specs import NMPattern, PruneSpec
+from tsenor_cli.specs import NMPattern, PruneSpec, matches
 
 
 def plan(directory, nm="2:4", *, transposable=True, **options):
@@ -98,7 +98,7 @@ def test_experts_that_are_not_understood_count_against_the_coverage(tmp_path, mo
     """Skipping experts silently is how other tools leave nine tenths of a model dense and report success."""
     directory = make_checkpoint("llama4", tmp_path / "llama4")
     assert plan(directory).coverage == 1.0
-    monkeypatch.setattr(layers, "_transposed_by_size", lambda _: None)
+    monkeypatch.setattr(roles, "_transposed_by_size", lambda _: None)
     result = plan(directory)
     skipped = [item.tensor for item in result.tensors if item.reason == "experts of unknown layout"]
     assert [tensor.shape for tensor in skipped] == [(4, 32, 64), (4, 64, 64)]
@@ -136,10 +136,10 @@ def test_bands_cover_the_tensor_and_cut_no_group(layout, m):
         else (m * 37, m * 1000, 64)[: 3 if "experts" in layout else 2]
     )
     tensor = DiskTensor("w", Path("x"), "BF16", shape, 0, 2 * torch.Size(shape).numel())
-    bands = TensorPlan(tensor, None, layout).bands(m)
-    assert [first for first, _ in bands] == [0, *(last for _, last in bands[:-1])]
-    assert bands[-1][1] == shape[0]
+    found = bands(tensor, layout, m)
+    assert [first for first, _ in found] == [0, *(last for _, last in found[:-1])]
+    assert found[-1][1] == shape[0]
     row_bytes = tensor.nbytes // shape[0]
-    assert all((last - first) * row_bytes <= max(BAND_BYTES, m * row_bytes) for first, last in bands)
+    assert all((last - first) * row_bytes <= max(BAND_BYTES, m * row_bytes) for first, last in found)
     if not layout.startswith("experts"):
-        assert all(first % m == 0 and last % m == 0 for first, last in bands)
+        assert all(first % m == 0 and last % m == 0 for first, last in found)

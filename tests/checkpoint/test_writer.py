@@ -14,7 +14,7 @@ from checkpoints import read_shards
 from filelock import FileLock
 
 from tsenor_cli.checkpoint.reader import open_checkpoint
-from tsenor_cli.checkpoint.writer import check_output, check_space, shard_writer, staged_output
+from tsenor_cli.checkpoint.writer import OutputShards, check_output, check_space, staged_output
 from tsenor_cli.errors import OutputUnavailable, TsenorError
 
 
@@ -127,11 +127,13 @@ def test_format_pt_is_always_written_and_nothing_else_changes(llama, tmp_path):
     header["__metadata__"] = {"note": "no format ☃"}
     text = json.dumps(header).encode()
     (llama / name).write_bytes(len(text).to_bytes(8, "little") + text + raw[8 + length :])
-    shard = open_checkpoint(llama).shards[0]
+    checkpoint = open_checkpoint(llama)
     (tmp_path / "staging").mkdir()
-    with shard_writer(shard, tmp_path / "staging") as file:
-        for tensor in shard.tensors:
+    shards = OutputShards(checkpoint, tmp_path / "staging")
+    for tensor in reversed(checkpoint.tensors.values()):  # in any order
+        with shards.place_of(tensor) as file:
             file.writelines(tensor.chunks())
+    shards.sync()
     copy = read_shards(tmp_path / "staging")[name]
     assert {k: v.tolist() for k, v in copy.items()} == {k: v.tolist() for k, v in read_shards(llama)[name].items()}
     written = (tmp_path / "staging" / name).read_bytes()

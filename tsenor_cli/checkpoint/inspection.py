@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from tsenor_cli.checkpoint.layers import Role, read_roles
+from tsenor_cli.checkpoint.adapter.roles import Role, read_roles
 from tsenor_cli.checkpoint.layouts import matrix_size
 from tsenor_cli.checkpoint.reader import DiskTensor, open_checkpoint
 from tsenor_cli.checkpoint.source import resolve_checkpoint

@@ -2,23 +2,24 @@
 
 from __future__ import annotations
 
-import fnmatch
-import re
-from dataclasses import dataclass, field
+from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import TYPE_CHECKING
 
 from tsenor_cli.checkpoint.layouts import Layout, band_step, matrix_size
 from tsenor_cli.checkpoint.reader import PRUNABLE_DTYPES, Checkpoint, DiskTensor
+from tsenor_cli.checkpoint.site import Site
 from tsenor_cli.errors import CheckFailed, InputRefused, UsageError
-from tsenor_cli.specs import NMPattern, PruneSpec
+from tsenor_cli.specs import CALIBRATED, Choice, NMPattern, PruneSpec, matches
 
 if TYPE_CHECKING:
-    from tsenor_cli.checkpoint.layers import Role
+    from tsenor_cli.checkpoint.adapter.roles import Role
 
+HIDDEN_STATES = "hidden states"
 BAND_BYTES = 4 * 2**20
 # Expected peak above the imports, docs/measured.md: float32 scores, mask and results of a band, per element; and what
 # is there once: the kernels' code, the meta model, buffers.
-_BYTES_PER_ELEMENT, _FIXED_BYTES = 16, 192 * 2**20
+_BYTES_PER_ELEMENT, FIXED_BYTES = 16, 192 * 2**20
 
 
 @dataclass(frozen=True)
@@ -29,18 +30,26 @@ class TensorPlan:
     reason: str | None
     layout: Layout | None = None  # set when the tensor could be pruned, whether it is or not
     prunable: bool = True  # counts in the coverage
+    choice: Choice | None = None  # what is done, or would be done if nothing stood in the way
+    site: Site | None = None  # where its input can be seen
+    layer: int | None = None  # its decoder layer
 
     @property
     def pruned(self) -> bool:
         return self.reason is None
 
-    def bands(self, m: int) -> list[tuple[int, int]]:
-        """Ranges of the leading axis, each whole in groups and tiles and at most about BAND_BYTES."""
-        assert self.layout is not None
-        rows, step = self.tensor.shape[0], band_step(self.layout, m)
-        row_bytes = self.tensor.nbytes // rows
-        band = max(BAND_BYTES // row_bytes // step, 1) * step
-        return [(first, min(first + band, rows)) for first in range(0, rows, band)]
+    @property
+    def calibrated(self) -> bool:
+        """Whether it is pruned by a method that has to see inputs."""
+        return self.pruned and self.choice is not None and self.choice.method in CALIBRATED
+
+
+def bands(tensor: DiskTensor, layout: Layout, m: int) -> list[tuple[int, int]]:
+    """Ranges of the leading axis, each whole in groups and tiles and at most about BAND_BYTES."""
+    rows, step = tensor.shape[0], band_step(layout, m)
+    row_bytes = tensor.nbytes // rows
+    band = max(BAND_BYTES // row_bytes // step, 1) * step
+    return [(first, min(first + band, rows)) for first in range(0, rows, band)]
 
 
 @dataclass(frozen=True)
@@ -48,13 +57,21 @@ class Plan:
     """The fate of every tensor, in the order of the files."""
 
     checkpoint: Checkpoint
-    pattern: NMPattern
     tensors: tuple[TensorPlan, ...]
-    by_name: dict[str, TensorPlan] = field(repr=False)
+    memory: dict[str, int]  # the most that is held at once above the imports, in bytes by what it is for
+    spills: bool = False  # hidden states go to disk
+
+    @cached_property
+    def by_name(self) -> dict[str, TensorPlan]:
+        return {item.tensor.name: item for item in self.tensors}
 
     @property
     def pruned(self) -> list[TensorPlan]:
         return [item for item in self.tensors if item.pruned]
+
+    @property
+    def calibrated(self) -> bool:
+        return any(item.calibrated for item in self.tensors)
 
     @property
     def pruned_parameters(self) -> int:
@@ -71,21 +88,26 @@ class Plan:
 
     @property
     def peak_bytes(self) -> int:
-        """Expected peak memory above the imports: one band in work."""
-        elements = max((_largest_band(item, self.pattern.m) for item in self.pruned), default=0)
-        return _FIXED_BYTES + elements * _BYTES_PER_ELEMENT
+        """Expected peak memory above the imports."""
+        return sum(self.memory.values())
+
+    def spilled(self) -> Plan:
+        """The same, with hidden states on disk."""
+        return replace(self, memory={**self.memory, HIDDEN_STATES: 0}, spills=True)
 
 
 def make_plan(checkpoint: Checkpoint, spec: PruneSpec) -> Plan:
     """Decide for every tensor; nothing is enforced yet (see `enforce`)."""
-    from tsenor_cli.checkpoint.layers import read_roles  # transformers takes seconds; verify can do without
+    from tsenor_cli.checkpoint.adapter.roles import read_roles  # transformers takes seconds; verify can do without
 
-    roles = read_roles(checkpoint)
+    roles = read_roles(checkpoint, layered=not spec.methods.isdisjoint(CALIBRATED))
     tensors = tuple(
         _plan_tensor(tensor, roles[tensor.name], spec) for shard in checkpoint.shards for tensor in shard.tensors
     )
     _check_selection(spec, tensors)
-    return Plan(checkpoint, spec.pattern, tensors, {item.tensor.name: item for item in tensors})
+    elements = max((_largest_band(item) for item in tensors if item.pruned and not item.calibrated), default=0)
+    memory = {"a band of a tensor": elements * _BYTES_PER_ELEMENT, "code and buffers": FIXED_BYTES}
+    return Plan(checkpoint, tensors, memory)
 
 
 def enforce(plan: Plan, spec: PruneSpec) -> None:
@@ -97,8 +119,9 @@ def enforce(plan: Plan, spec: PruneSpec) -> None:
     skipped = [item for item in plan.tensors if item.reason and item.reason.startswith(_INDIVISIBLE)]
     if spec.strict and skipped:
         first, more = skipped[0], f" and {len(skipped) - 1} more" if len(skipped) > 1 else ""
+        assert first.choice is not None
         raise CheckFailed(
-            f"--strict: {spec.pattern} does not fit {first.tensor.name} {list(first.tensor.shape)}{more}",
+            f"--strict: {first.choice.pattern} does not fit {first.tensor.name} {list(first.tensor.shape)}{more}",
             "choose another M, or leave them out with --ignore",
         )
     if not plan.pruned:
@@ -110,58 +133,68 @@ def enforce(plan: Plan, spec: PruneSpec) -> None:
         )
 
 
-def matches(name: str, pattern: str) -> bool:
-    """Whether a tensor name fits a user's pattern: `re:REGEX` (searched), or a glob over the whole name or module."""
-    if pattern.startswith("re:"):
-        try:
-            return re.search(pattern[3:], name) is not None
-        except re.error as error:
-            raise UsageError(f"{pattern!r} is not a regular expression ({error})", "see Python's re module") from error
-    module = name.removesuffix(".weight")
-    return fnmatch.fnmatchcase(name, pattern) or fnmatch.fnmatchcase(module, pattern)
-
-
 _INDIVISIBLE = "M does not divide"
 
 
 def _plan_tensor(tensor: DiskTensor, role: Role, spec: PruneSpec) -> TensorPlan:
     if role.layout is None:
-        return TensorPlan(tensor, role.reason, None, role.prunable)
+        return TensorPlan(tensor, role.reason, None, role.prunable, layer=role.layer)
     if tensor.dtype not in PRUNABLE_DTYPES:
         raise InputRefused(
             f"{tensor.name} is stored as {tensor.dtype}: the checkpoint is quantised or packed",
             "prune the original floating-point checkpoint",
         )
-    return TensorPlan(tensor, _reason_to_keep(tensor, role, spec), role.layout)
+    choice = spec.choice(tensor.name)
+    reason = _reason_to_keep(tensor, role, spec, choice)
+    return TensorPlan(tensor, reason, role.layout, choice=choice, site=role.site, layer=role.layer)
 
 
-def _reason_to_keep(tensor: DiskTensor, role: Role, spec: PruneSpec) -> str | None:
+def _reason_to_keep(tensor: DiskTensor, role: Role, spec: PruneSpec, choice: Choice | None) -> str | None:
     """Why a prunable tensor is not pruned this time."""
     assert role.layout is not None
     if spec.only and not any(matches(tensor.name, pattern) for pattern in spec.only):
         return "not selected by --only"
     if any(matches(tensor.name, pattern) for pattern in spec.ignore):
         return "ignored"
-    out, inputs = matrix_size(tensor.shape, role.layout)
+    if choice is None:
+        return "left alone by the recipe"
     if tensor.parameters == 0:
         return "empty"
-    if not spec.pattern.divides(out, inputs):
-        return f"{_INDIVISIBLE}: {spec.pattern.m} and out {out}, in {inputs}"
-    if spec.pattern.transposable and any(piece % spec.pattern.m for piece in role.out_pieces):
-        return f"{_INDIVISIBLE}: {spec.pattern.m} and the joined outputs {list(role.out_pieces)}"
-    if spec.pattern.transposable and role.rows_move:
+    return _misfit(choice.pattern, role, *matrix_size(tensor.shape, role.layout)) or _unseen(choice, role)
+
+
+def _misfit(pattern: NMPattern, role: Role, out: int, inputs: int) -> str | None:
+    if not pattern.divides(out, inputs):
+        return f"{_INDIVISIBLE}: {pattern.m} and out {out}, in {inputs}"
+    if pattern.transposable and any(piece % pattern.m for piece in role.out_pieces):
+        return f"{_INDIVISIBLE}: {pattern.m} and the joined outputs {list(role.out_pieces)}"
+    if pattern.transposable and role.rows_move:
         return "its rows are reordered on loading: only --standard patterns survive that"
+    return None
+
+
+def _unseen(choice: Choice, role: Role) -> str | None:
+    """Why a method that must see a weight's input cannot have this weight."""
+    if choice.method not in CALIBRATED:
+        return None
+    if role.layer is None:
+        return "outside the decoder layers: calibration does not reach it"
+    if role.site is None:
+        return "its input cannot be seen: calibration does not reach it"
     return None
 
 
 def _check_selection(spec: PruneSpec, tensors: tuple[TensorPlan, ...]) -> None:
     """A selection that selects nothing is a typing error, not a wish."""
-    for option, patterns in (("--only", spec.only), ("--ignore", spec.ignore)):
+    rules = tuple(pattern for rule in spec.rules for pattern in rule.match)
+    for option, patterns in (("--only", spec.only), ("--ignore", spec.ignore), ("the recipe's match", rules)):
         for pattern in patterns:
             if not any(matches(item.tensor.name, pattern) for item in tensors):
                 raise UsageError(f"{option} {pattern!r} fits no tensor", "list the names with tsenor inspect")
 
 
-def _largest_band(item: TensorPlan, m: int) -> int:
-    first, last = item.bands(m)[0]
+def _largest_band(item: TensorPlan) -> int:
+    assert item.layout is not None
+    assert item.choice is not None
+    first, last = bands(item.tensor, item.layout, item.choice.pattern.m)[0]
     return (last - first) * (item.tensor.parameters // item.tensor.shape[0])

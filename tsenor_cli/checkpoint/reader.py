@@ -35,8 +35,11 @@ DTYPE_BITS = {
     "F8_E4M3": 8, "F8_E5M2": 8, "F8_E8M0": 8, "F8_E4M3FNUZ": 8, "F8_E5M2FNUZ": 8,
     "F6_E2M3": 6, "F6_E3M2": 6, "F4": 4,
 }  # fmt: skip
-_TORCH_NAMES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
-PRUNABLE_DTYPES = frozenset(_TORCH_NAMES)
+TORCH_NAMES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}  # what can be pruned
+PRUNABLE_DTYPES = frozenset(TORCH_NAMES)
+_OTHER_TORCH_NAMES = {
+    "I64": "int64", "I32": "int32", "I16": "int16", "I8": "int8", "U8": "uint8", "BOOL": "bool", "C64": "complex64",
+}  # fmt: skip
 # How sparse and quantised formats name their parts; their config.json does not always say so.
 _PACKED_SUFFIXES = (".weight_packed", ".bitmask", ".compressed", ".qweight", ".weight_scale", ".weight_scale_inv")
 
@@ -61,16 +64,23 @@ class DiskTensor:
         return self.stop - self.start
 
     def read(self, first: int = 0, last: int | None = None) -> torch.Tensor:
-        """Rows `first` to `last` of the leading axis, in the tensor's own dtype (one of PRUNABLE_DTYPES)."""
+        """Rows `first` to `last` of the leading axis, in the tensor's own dtype.
+
+        Raises:
+            InputRefused: torch has no such dtype.
+        """
         import torch
 
-        shape = (len(range(*slice(first, last).indices(self.shape[0]))), *self.shape[1:])
-        row_bytes = self.nbytes // max(self.shape[0], 1)
-        raw = torch.empty(shape[0] * row_bytes, dtype=torch.uint8)
+        name = (TORCH_NAMES | _OTHER_TORCH_NAMES).get(self.dtype)
+        if name is None:
+            raise InputRefused(f"{self.name} is stored as {self.dtype}, which cannot be read", "it is quantised")
+        rows, *others = self.shape or (1,)
+        count, row_bytes = len(range(*slice(first, last).indices(rows))), self.nbytes // max(rows, 1)
+        raw = torch.empty(count * row_bytes, dtype=torch.uint8)
         with self.path.open("rb", buffering=0) as file:
             file.seek(self.start + first * row_bytes)
             _fill(file, raw.numpy().data, self.path)
-        return raw.view(getattr(torch, _TORCH_NAMES[self.dtype])).view(shape)
+        return raw.view(getattr(torch, name)).view((count, *others) if self.shape else ())
 
     def chunks(self) -> Iterator[bytearray]:
         """The raw bytes, a few MiB at a time."""

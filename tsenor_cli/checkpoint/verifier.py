@@ -19,13 +19,12 @@ import torch
 
 from tsenor_cli.checkpoint.jsonfile import read_object
 from tsenor_cli.checkpoint.layouts import LAYOUTS, Layout, banded_axis, fits, matrix_size, to_matrices
-from tsenor_cli.checkpoint.plan import TensorPlan, make_plan
+from tsenor_cli.checkpoint.plan import bands, make_plan
 from tsenor_cli.checkpoint.reader import PRUNABLE_DTYPES, Checkpoint, DiskTensor
 from tsenor_cli.checkpoint.writer import REPORT_FILE
-from tsenor_cli.errors import CheckFailed, InputRefused
-from tsenor_cli.specs import NMPattern, PruneSpec
+from tsenor_cli.errors import CheckFailed, InputRefused, UsageError
+from tsenor_cli.specs import UPDATING, NMPattern, PruneSpec
 
-_MASK_ONLY = {"magnitude", "wanda"}
 _WRITTEN_ANEW = {Path("README.md"), Path(REPORT_FILE)}
 Progress = Callable[[str, int], None]
 
@@ -72,9 +71,18 @@ class Verification:
 class _Claim:
     """What the checkpoint is said to be: by its own report, or by the user's pattern."""
 
+    tensors: dict[str, _PrunedClaim]  # those said to be pruned
+
+    @property
+    def patterns(self) -> list[NMPattern]:
+        return list(dict.fromkeys(tensor.pattern for tensor in self.tensors.values()))
+
+
+@dataclass(frozen=True)
+class _PrunedClaim:
     pattern: NMPattern
-    layouts: dict[str, Layout]  # of the tensors said to be pruned
-    mask_only: bool
+    layout: Layout
+    mask_only: bool  # the weights that stay are the original's
 
 
 def verify_checkpoint(
@@ -84,20 +92,20 @@ def verify_checkpoint(
     claim = _claim(checkpoint, pattern)
     result = Verification(
         str(checkpoint.directory),
-        str(claim.pattern),
-        claim.pattern.kind,
+        ", ".join(dict.fromkeys(map(str, claim.patterns))),
+        ", ".join(dict.fromkeys(pattern.kind for pattern in claim.patterns)),
         str(original.directory) if original else None,
     )
-    for name, layout in claim.layouts.items():
+    for name, claimed in claim.tensors.items():
         tensor = checkpoint.tensors.get(name)
-        if tensor is None or tensor.dtype not in PRUNABLE_DTYPES or not fits(tensor.shape, layout):
+        if tensor is None or tensor.dtype not in PRUNABLE_DTYPES or not fits(tensor.shape, claimed.layout):
             result.failures.append(Failure(name, "not in the checkpoint as the report describes it"))
             continue
-        source = original.tensors.get(name) if original and claim.mask_only else None
+        source = original.tensors.get(name) if original and claimed.mask_only else None
         comparable = source is not None and (source.dtype, source.shape) == (tensor.dtype, tensor.shape)
-        _check_pruned(tensor, layout, claim.pattern, source if comparable else None, result, advanced)
+        _check_pruned(tensor, claimed.layout, claimed.pattern, source if comparable else None, result, advanced)
     if original is not None:
-        result.failures += _differences(checkpoint, original, set(claim.layouts), advanced)
+        result.failures += _differences(checkpoint, original, set(claim.tensors), advanced)
     return result
 
 
@@ -110,21 +118,27 @@ def _claim(checkpoint: Checkpoint, pattern: NMPattern | None) -> _Claim:
             f"{checkpoint.directory} claims no sparsity: it has no {REPORT_FILE}", "say what to check for with --nm N:M"
         )
     plan = make_plan(checkpoint, PruneSpec(str(checkpoint.directory), Path(), pattern))
-    layouts = {item.tensor.name: item.layout for item in plan.pruned if item.layout}
-    if not layouts:
+    found = {
+        item.tensor.name: _PrunedClaim(pattern, item.layout, mask_only=True) for item in plan.pruned if item.layout
+    }
+    if not found:
         raise CheckFailed(f"{checkpoint.directory} has no tensor that {pattern} fits", "see tsenor inspect")
-    return _Claim(pattern, layouts, mask_only=True)
+    return _Claim(found)
 
 
 def _claim_of_report(path: Path, pattern: NMPattern | None) -> _Claim:
     report = read_object(path)
     try:
-        claimed = NMPattern(**report["pattern"])
         pruned = [record for record in report["tensors"] if record["action"] == "pruned"]
-        layouts = {record["name"]: LAYOUTS[LAYOUTS.index(record["layout"])] for record in pruned}
-        return _Claim(pattern or claimed, layouts, report["options"]["method"] in _MASK_ONLY)
-    except (KeyError, TypeError, ValueError) as error:
+        return _Claim({record["name"]: _claim_of_record(record, report, pattern) for record in pruned})
+    except (KeyError, TypeError, ValueError, UsageError) as error:
         raise InputRefused(f"{path} is not a report of tsenor ({error})", "remove it and give --nm N:M") from error
+
+
+def _claim_of_record(record: dict[str, Any], report: dict[str, Any], pattern: NMPattern | None) -> _PrunedClaim:
+    claimed = NMPattern.parse(record["pattern"], transposable=record["transposable"])
+    mask_only = record["method"] not in UPDATING or not report["options"]["update"]
+    return _PrunedClaim(pattern or claimed, LAYOUTS[LAYOUTS.index(record["layout"])], mask_only)
 
 
 def _check_pruned(
@@ -142,7 +156,7 @@ def _check_pruned(
     found: dict[str, Failure] = {}
     groups = zeros = 0
     exact = True
-    for first, last in TensorPlan(tensor, None, layout).bands(pattern.m):
+    for first, last in bands(tensor, layout, pattern.m):
         band = tensor.read(first, last)
         weight = to_matrices(band, layout)
         wrong = {"a negative zero": (weight == 0) & torch.signbit(weight), "not finite": ~torch.isfinite(weight)}

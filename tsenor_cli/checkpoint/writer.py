@@ -15,7 +15,7 @@ from typing import BinaryIO
 
 from filelock import FileLock, Timeout
 
-from tsenor_cli.checkpoint.reader import Shard
+from tsenor_cli.checkpoint.reader import Checkpoint, DiskTensor, Shard
 from tsenor_cli.errors import OutputUnavailable, TsenorError
 
 REPORT_FILE = "tsenor-report.json"
@@ -77,17 +77,37 @@ def staged_output(output: Path) -> Iterator[Path]:
             lock.release()
 
 
-@contextmanager
-def shard_writer(shard: Shard, staging: Path) -> Iterator[BinaryIO]:
-    """A file under the shard's own name, its header already written; it is synced to disk at the end.
+class OutputShards:
+    """The shards of the output: the headers of the input's, and tensors put in their places in any order.
 
-    The header is the input's, byte for byte, unless `format: pt` is missing (older loaders crash without it).
+    A header is the input's, byte for byte, unless `format: pt` is missing (older loaders crash without it).
     """
-    with (staging / shard.path.name).open("wb") as file:
-        header = _header(shard)
-        file.write(len(header).to_bytes(8, "little") + header)
-        yield file
-        _sync(file)
+
+    def __init__(self, checkpoint: Checkpoint, staging: Path) -> None:
+        self._starts: dict[Path, int] = {}  # where the data of each shard begins
+        self._staging = staging
+        for shard in checkpoint.shards:
+            header = _header(shard)
+            with self._path(shard.path).open("wb") as file:
+                file.write(len(header).to_bytes(8, "little") + header)
+            self._starts[shard.path] = 8 + len(header)
+        self._data_starts = {shard.path: 8 + len(shard.header) for shard in checkpoint.shards}
+
+    @contextmanager
+    def place_of(self, tensor: DiskTensor) -> Iterator[BinaryIO]:
+        """The tensor's shard, open where its bytes belong."""
+        with self._path(tensor.path).open("r+b") as file:
+            file.seek(self._starts[tensor.path] + tensor.start - self._data_starts[tensor.path])
+            yield file
+
+    def sync(self) -> None:
+        """Everything is on the disk when this returns."""
+        for path in self._starts:
+            with self._path(path).open("r+b") as file:
+                _sync(file)
+
+    def _path(self, shard: Path) -> Path:
+        return self._staging / shard.name
 
 
 def copy_file(source: Path, target: Path) -> None:

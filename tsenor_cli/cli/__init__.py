@@ -18,6 +18,7 @@ import click
 
 from tsenor_cli import __version__
 from tsenor_cli.cli.bench import bench
+from tsenor_cli.cli.eval import evaluate
 from tsenor_cli.cli.inspect import inspect
 from tsenor_cli.cli.prune import prune
 from tsenor_cli.cli.verify import verify
@@ -43,6 +44,7 @@ def cli() -> None:
 cli.add_command(prune)
 cli.add_command(verify)
 cli.add_command(inspect)
+cli.add_command(evaluate)
 cli.add_command(bench)
 
 

@@ -89,6 +89,12 @@ class ProgressBar(Observer):
             note(name)
             self._last = name
 
+    def entered(self, stage: str) -> None:
+        if self._bar is not None:
+            self._bar.set_description_str(stage)
+        if self._verbose:
+            note(stage)
+
     def close(self) -> None:
         if self._bar is not None:
             self._bar.close()

@@ -2,12 +2,28 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from typing import Any
 
 import click
 
 Command = Callable[..., Any]
+_UNITS = {"": 1, **{unit + suffix: 1024**power for power, unit in enumerate("KMGT", 1) for suffix in ("", "B", "iB")}}
+
+
+class Size(click.ParamType[int]):
+    """Bytes, in powers of 1024: 500M, 8GiB."""
+
+    name = "size"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:  # noqa: ANN401
+        if isinstance(value, int):
+            return value
+        match = re.fullmatch(r"([0-9]+(?:\.[0-9]+)?) *([KMGT]?(?:i?B)?)", value)
+        if match is None or match[2] not in _UNITS or not float(match[1]):
+            self.fail(f"{value!r} is not a size; give one such as 500M or 8GiB", param, ctx)
+        return int(float(match[1]) * _UNITS[match[2]])
 
 
 def json_option(command: Command) -> Command:
@@ -27,6 +43,14 @@ def verbose_option(command: Command) -> Command:
 def standard_option(command: Command) -> Command:
     return click.option(
         "--standard", is_flag=True, help="Row-wise N:M along the input axis only, instead of transposable."
+    )(command)
+
+
+def memory_budget_option(command: Command) -> Command:
+    return click.option(
+        "--memory-budget",
+        type=Size(),
+        help="Keep below this above the imports, such as 8GiB: hidden states go to disk if they have to.",
     )(command)
 
 

@@ -11,22 +11,22 @@ from tsenor_cli.cli import console
 from tsenor_cli.cli.options import (
     ignore_option,
     json_option,
+    memory_budget_option,
     only_option,
     quiet_option,
-    standard_option,
     verbose_option,
 )
-from tsenor_cli.pruners import METHODS
-from tsenor_cli.specs import SOLVERS, NMPattern, PruneSpec
+from tsenor_cli.specs import METHODS, SOLVERS, CalibrationSpec, Choice, NMPattern, PruneSpec
 
 if TYPE_CHECKING:
-    from tsenor_cli.checkpoint.plan import Plan
+    from tsenor_cli.checkpoint.plan import Plan, TensorPlan
     from tsenor_cli.report.records import Report
+    from tsenor_cli.specs import Rule
 
 
 @click.command()
 @click.argument("model")
-@click.option("--nm", "nm", required=True, metavar="N:M", help="Keep N of every M weights; M from 2 to 64, N below M.")
+@click.option("--nm", metavar="N:M", help="Keep N of every M weights; M from 2 to 64, N below M.")
 @click.option(
     "-o",
     "--output",
@@ -36,8 +36,61 @@ if TYPE_CHECKING:
 @click.option(
     "--overwrite", is_flag=True, help="Replace an existing checkpoint at the output, once the new one is complete."
 )
-@standard_option
-@click.option("--method", type=click.Choice(METHODS), default="magnitude", show_default=True, help="Pruning method.")
+@click.option(
+    "--standard/--transposable",
+    default=None,
+    help="Row-wise N:M along the input axis only, or rows and columns of every tile.  [default: transposable]",
+)
+@click.option(
+    "--method",
+    type=click.Choice(METHODS),
+    help="magnitude needs no text; wanda scores weights by their input; sparsegpt also makes up for what is dropped; "
+    "alps does so best and takes longest.  [default: magnitude]",
+)
+@click.option(
+    "--recipe",
+    type=click.Path(path_type=Path),
+    help="A YAML file: patterns and methods by tensor name. --nm, --standard and --method override it.",
+)
+@click.option(
+    "--calibration",
+    "calibration",
+    metavar="TEXT",
+    help="Text for calibrated methods: .txt, .jsonl, .parquet, - for standard input, or hf:dataset[:config][:split].",
+)
+@click.option(
+    "--text-field", default="text", show_default=True, help="The field of JSON lines and tables that is text."
+)
+@click.option(
+    "--samples", type=click.IntRange(1), default=128, show_default=True, help="Windows of text to calibrate with."
+)
+@click.option(
+    "--sequence-length",
+    type=click.IntRange(2),
+    help="Tokens of a window.  [default: the model's maximum, 2048 at most]",
+)
+@click.option(
+    "--seed", type=click.IntRange(0), default=0, show_default=True, help="Which windows of the text are taken."
+)
+@click.option("--no-update", is_flag=True, help="sparsegpt, alps: take the mask only, leave kept weights as they are.")
+@click.option(
+    "--damping",
+    type=click.FloatRange(0),
+    default=0.01,
+    show_default=True,
+    help="sparsegpt, alps: added to the Gram matrix's diagonal, times its mean.",
+)
+@click.option(
+    "--few-tokens",
+    type=click.Choice(["magnitude", "error"]),
+    default="magnitude",
+    show_default=True,
+    help="What to do with an expert that saw fewer tokens than it has inputs.",
+)
+@click.option(
+    "--eval", "eval_text", metavar="TEXT", help="Put the perplexity on this text, before and after, into the report."
+)
+@memory_budget_option
 @click.option(
     "--solver",
     type=click.Choice(SOLVERS),
@@ -67,9 +120,17 @@ if TYPE_CHECKING:
 @verbose_option
 def prune(
     model: str,
-    nm: str,
     output: Path | None,
-    standard: bool,
+    nm: str | None,
+    standard: bool | None,
+    method: str | None,
+    recipe: Path | None,
+    calibration: str | None,
+    text_field: str,
+    samples: int,
+    sequence_length: int | None,
+    seed: int,
+    no_update: bool,
     dry_run: bool,
     as_json: bool,
     quiet: bool,
@@ -83,10 +144,19 @@ def prune(
     Prints the output directory, or with --json the report.
 
     \b
-    Example: tsenor prune ./llama --nm 2:4 -o ./llama-sparse
+    Example: tsenor prune ./llama --nm 2:4 --method alps --calibration text.jsonl
     """
-    pattern = NMPattern.parse(nm, transposable=not standard)
-    spec = PruneSpec(model=model, output=output or default_output(model, pattern), pattern=pattern, **options)
+    default, rules = _choices(nm, standard, method, recipe)
+    spec = PruneSpec(
+        model=model,
+        output=output or default_output(model, default.pattern if default else None),
+        pattern=default.pattern if default else None,
+        method=default.method if default else "magnitude",
+        rules=rules,
+        calibration=CalibrationSpec(calibration, text_field, samples, sequence_length, seed) if calibration else None,
+        update=not no_update,
+        **options,
+    )
     with console.stdout_reserved():
         from tsenor_cli import pipeline
 
@@ -107,10 +177,25 @@ def prune(
         console.emit({"output": str(spec.output), **report.to_dict()} if as_json else str(spec.output))
 
 
-def default_output(model: str, pattern: NMPattern) -> Path:
-    """A name in the current directory that says what it is: llama-2of4-transposable."""
+def _choices(
+    nm: str | None, standard: bool | None, method: str | None, recipe: Path | None
+) -> tuple[Choice | None, tuple[Rule, ...]]:
+    """What is done to tensors that no rule fits, and the rules."""
+    if recipe is not None:
+        from tsenor_cli.recipe import load_recipe
+
+        kind = None if standard is None else "standard" if standard else "transposable"
+        found = load_recipe(recipe, nm, kind, method)
+        return found.default, found.rules
+    if nm is None:
+        raise click.UsageError("Missing option '--nm'", click.get_current_context())
+    return Choice(NMPattern.parse(nm, transposable=not standard), method or "magnitude"), ()
+
+
+def default_output(model: str, pattern: NMPattern | None) -> Path:
+    """A name in the current directory that says what it is: llama-2of4-transposable, llama-sparse by a recipe alone."""
     name = Path(model).resolve().name if Path(model).is_dir() else model.partition("@")[0].rpartition("/")[2]
-    return Path(f"{name}-{pattern.n}of{pattern.m}-{pattern.kind}")
+    return Path(f"{name}-{pattern.n}of{pattern.m}-{pattern.kind}" if pattern else f"{name}-sparse")
 
 
 def _show_report(report: Report) -> None:
@@ -119,6 +204,8 @@ def _show_report(report: Report) -> None:
         ("pruned", f"{summary.pruned_tensors} tensors, {console.count(summary.pruned_parameters)} parameters"),
         ("coverage", f"{summary.coverage:.2%} of the {console.count(summary.prunable_parameters)} prunable"),
         ("kept energy", f"{summary.kept_energy:.2%}"),
+        *([("output error", f"{summary.error:.2%} on the calibration text")] if summary.error is not None else []),
+        *([("perplexity", _before_and_after(report.perplexity))] if report.perplexity is not None else []),
         ("optimality gap", f"{summary.gap:.1e} (worst block {summary.worst_block_gap:.1e})"),
         ("time", f"{summary.seconds:.1f} s"),
         ("peak memory", console.size(summary.peak_memory_bytes)),
@@ -126,10 +213,22 @@ def _show_report(report: Report) -> None:
     console.table("", ("", ""), rows)
     if stopped := [record.name for record in report.tensors if record.status == "max_iterations"]:
         console.note(f"{len(stopped)} tensors have blocks that were stopped at the largest number of iterations")
+    if fallbacks := [record.name for record in report.tensors if record.fallbacks]:
+        console.note(
+            f"experts with too few tokens were pruned by magnitude, in {len(fallbacks)} tensors: {fallbacks[0]} …"
+        )
     for reason, names in _reasons(report).items():
         console.note(f"skipped, {reason}: {names[0]}" + (f" and {len(names) - 1} more" if len(names) > 1 else ""))
     if report.left_out_files:
         console.note(f"left out, dense weights in another format: {', '.join(report.left_out_files)}")
+
+
+def _before_and_after(perplexity: dict[str, Any]) -> str:
+    before, after = perplexity["before"], perplexity["after"]
+    return (
+        f"{before['perplexity']:.2f} → {after['perplexity']:.2f} on {before['source']}, {before['tokens']} tokens "
+        f"in windows of {before['sequence_length']}, {before['dtype']}"
+    )
 
 
 def _reasons(report: Report) -> dict[str, list[str]]:
@@ -143,12 +242,13 @@ def _reasons(report: Report) -> dict[str, list[str]]:
 
 def _plan_json(plan: Plan) -> dict[str, Any]:
     return {
-        "schema_version": 1,
+        "schema_version": 2,
         "coverage": plan.coverage,
         "pruned_parameters": plan.pruned_parameters,
         "prunable_parameters": plan.prunable_parameters,
         "bytes": plan.checkpoint.nbytes,
         "expected_peak_memory_bytes": plan.peak_bytes,
+        "memory": plan.memory,
         "tensors": [
             {
                 "name": item.tensor.name,
@@ -158,6 +258,9 @@ def _plan_json(plan: Plan) -> dict[str, Any]:
                 "bytes": item.tensor.nbytes,
                 "prunable": item.prunable,
                 "layout": item.layout,
+                "pattern": str(item.choice.pattern) if item.pruned and item.choice else None,
+                "transposable": item.choice.pattern.transposable if item.pruned and item.choice else None,
+                "method": item.choice.method if item.pruned and item.choice else None,
                 "action": "prune" if item.pruned else "keep",
                 "reason": item.reason,
             }
@@ -174,13 +277,19 @@ def _show_plan(plan: Plan) -> None:
             str(list(item.tensor.shape)),
             item.layout or "",
             console.size(item.tensor.nbytes),
-            "prune" if item.pruned else f"keep: {item.reason}",
+            _action(item),
         )
         for item in plan.tensors
     ]
     console.table("", ("tensor", "dtype", "shape", "layout", "bytes", "action"), rows, to_stdout=True)
     console.emit(
-        f"{len(plan.pruned)} of {len(plan.tensors)} tensors to {plan.pattern} {plan.pattern.kind}, "
+        f"{len(plan.pruned)} of {len(plan.tensors)} tensors to prune, "
         f"coverage {plan.coverage:.2%}, {console.size(plan.checkpoint.nbytes)} to write, "
         f"peak memory about {console.size(plan.peak_bytes)} above the imports"
     )
+
+
+def _action(item: TensorPlan) -> str:
+    if not item.pruned or item.choice is None:
+        return f"keep: {item.reason}"
+    return f"{item.choice.pattern} {item.choice.pattern.kind}, {item.choice.method}"

@@ -70,7 +70,7 @@ def verify(
 def _summary(result: Verification) -> str:
     groups = sum(tensor.groups for tensor in result.tensors)
     exact = "exactly" if all(tensor.exact for tensor in result.tensors) else "at most"
-    kept = result.pattern.partition(":")[0]
+    kept = "N" if "," in result.pattern else result.pattern.partition(":")[0]
     text = f"{result.directory}: {len(result.tensors)} tensors are {result.pattern} {result.kind}"
     text += f", {exact} {kept} nonzeros in each of {groups:,} groups"
     return text + (f"; the rest is identical to {result.against}" if result.against else "")

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from enum import Enum
 from typing import Generic, TypeVar
 
@@ -54,3 +56,26 @@ class MaskSolution(Generic[Array]):
     def gap(self) -> float:
         """(upper_bound - objective) / upper_bound; 0 when there is nothing to keep."""
         return (self.upper_bound - self.objective) / self.upper_bound if self.upper_bound > 0 else 0.0
+
+
+def join_columns(parts: Sequence[MaskSolution[torch.Tensor]]) -> MaskSolution[torch.Tensor]:
+    """One solution for matrices [out, in_k] that stand side by side: masks joined, sums added, the worst of the rest.
+
+    Raises:
+        ValueError: there are no parts.
+    """
+    if not parts:
+        raise ValueError("no solutions to join")
+    return replace(
+        parts[0],
+        mask=torch.cat([part.mask for part in parts], dim=1),
+        objective=math.fsum(part.objective for part in parts),
+        upper_bound=math.fsum(part.upper_bound for part in parts),
+        worst_block_gap=max(part.worst_block_gap for part in parts),
+        status=next((part.status for part in parts if part.status is not Status.CONVERGED), Status.CONVERGED),
+        blocks=sum(part.blocks for part in parts),
+        repaired=sum(part.repaired for part in parts),
+        iterations=max(part.iterations for part in parts),
+        seconds=math.fsum(part.seconds for part in parts),
+        duals=None,
+    )

@@ -1,3 +1,1 @@
-"""One file per pruning method."""
-
-METHODS = ("magnitude",)  # names only: the command line must not load torch
+"""One file per pruning method. Their names are in specs.py: the command line must not load torch."""

@@ -2,21 +2,108 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Protocol
+from collections.abc import Callable, Hashable
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, Literal, Protocol, TypeVar, cast
 
 import torch
 
-if TYPE_CHECKING:
-    from tsenor_cli.masks.solution import MaskSolution
+from tsenor_cli.errors import InputRefused, TsenorError, UsageError
+from tsenor_cli.masks.apply import apply_mask
+from tsenor_cli.masks.solution import MaskSolution
+from tsenor_cli.masks.solve import solve_mask
+from tsenor_cli.specs import NMPattern
+
+T = TypeVar("T")
+Needs = Literal["nothing", "norms", "gram"]  # what a method wants to know of the inputs: see InputStats
 
 
 class SolveMask(Protocol):
     """masks.solve.solve_mask, bound to a pattern and a solver."""
 
+    @property
+    def pattern(self) -> NMPattern:
+        """For whoever cuts stripes of m columns; nobody else needs it."""
+        ...
+
     def __call__(self, scores: torch.Tensor, /, *, absolute: bool = False) -> MaskSolution[torch.Tensor]:
         """Scores [.., out, in] → a solution with a mask of that shape; `absolute` takes |scores|."""
         ...
+
+
+@dataclass(frozen=True)
+class BoundSolver:
+    """The SolveMask of a run. The options are those of masks.solve.solve_mask, and are checked when it is called."""
+
+    pattern: NMPattern
+    solver: str = "exact"
+    device: str | None = None
+    tau: float | None = None
+    iterations: int | None = None
+    local_search: int | None = None
+
+    def __call__(self, scores: torch.Tensor, /, *, absolute: bool = False) -> MaskSolution[torch.Tensor]:
+        """See SolveMask."""
+        return solve_mask(
+            scores,
+            self.pattern,
+            absolute=absolute,
+            solver=self.solver,
+            device=self.device,
+            tau=self.tau,
+            iterations=self.iterations,
+            local_search=self.local_search,
+        )
+
+
+@dataclass(frozen=True, eq=False)
+class InputStats:
+    """What calibration saw of the input x [tokens, in] of one linear map.
+
+    Weights with the same input (q, k and v) share one object, and with it what was computed of it once. It can hold
+    several matrices [in, in] after the first weight: drop it after the last.
+    """
+
+    tokens: int
+    squared_norms: torch.Tensor  # float64 [in], Σ over tokens of x_j²
+    gram: torch.Tensor | None = None  # float64 [in, in], Σ over tokens of x xᵀ; None unless the method needs it
+    _computed: dict[Hashable, Any] = field(default_factory=dict, init=False, repr=False)
+
+    def once(self, key: Hashable, compute: Callable[[], T]) -> T:
+        """The result of `compute`, kept under `key` for the next weight with this input."""
+        if key not in self._computed:
+            self._computed[key] = compute()
+        return cast("T", self._computed[key])
+
+
+@dataclass(frozen=True)
+class Calibrated:
+    """What calibration says of one pruned weight.
+
+    Losses are Σ over outputs and tokens of squared differences; None where no Gram matrix is known.
+    """
+
+    tokens: int
+    output_energy: float | None = None  # ‖XWᵀ‖² of the original weight
+    mask_loss: float | None = None  # ‖X(W − M∘W)ᵀ‖²: of the mask alone, all kept weights as they were
+    loss: float | None = None  # ‖X(W − W')ᵀ‖² of the weight given back, rounded to its dtype
+    damping: float | None = None  # what was added to the Gram matrix's diagonal, in units of the diagonal's mean
+    damping_retries: int = 0  # how often it was raised until the matrix could be factorised
+
+    @property
+    def mask_error(self) -> float | None:
+        """As a share of the output energy, 0 where there is no output."""
+        return self._relative(self.mask_loss)
+
+    @property
+    def error(self) -> float | None:
+        """As a share of the output energy, 0 where there is no output."""
+        return self._relative(self.loss)
+
+    def _relative(self, loss: float | None) -> float | None:
+        if loss is None or self.output_energy is None:
+            return None
+        return loss / self.output_energy if self.output_energy > 0 else 0.0
 
 
 @dataclass(frozen=True)
@@ -28,13 +115,75 @@ class PrunedLayer:
 
     weight: torch.Tensor  # [.., out, in], the input's dtype, +0.0 where pruned
     solution: MaskSolution[torch.Tensor]
+    calibrated: Calibrated | None = None
 
 
 class Pruner(Protocol):
-    """Chooses a mask with `solve_mask` and gives the new weight; never knows which solver or pattern it is."""
+    """Chooses a mask with `solve_mask` and gives the new weight; never knows which solver it is."""
 
     citation: str
+    needs: ClassVar[Needs]
 
-    def prune(self, weight: torch.Tensor, solve_mask: SolveMask) -> PrunedLayer:
-        """Prune `weight` [.., out, in], a finite floating-point tensor of any strides."""
+    def prune(self, weight: torch.Tensor, solve_mask: SolveMask, stats: InputStats | None = None) -> PrunedLayer:
+        """Prune `weight`, a finite floating-point tensor of any strides.
+
+        Args:
+            weight: [.., out, in]; [out, in] for methods that need statistics.
+            solve_mask: finds the masks.
+            stats: of the inputs of `weight`, with what the method `needs`.
+
+        Raises:
+            UsageError: there are no such statistics, or of another size.
+            InputRefused: the statistics are not finite.
+            TsenorError: the method could not compute a finite weight of this dtype.
+        """
         ...
+
+
+def require(stats: InputStats | None, needs: Needs, weight: torch.Tensor) -> InputStats:
+    """The statistics, if they are finite and fit `weight`. See Pruner.prune for the errors."""
+    found = None if stats is None else stats.gram if needs == "gram" else stats.squared_norms
+    if stats is None or found is None:
+        raise UsageError(f"this method needs the {needs} of the inputs", "calibrate first, or use magnitude")
+    if weight.ndim != 2 or found.shape[-1] != weight.shape[1]:
+        raise UsageError(
+            f"statistics of {found.shape[-1]} inputs do not fit a weight of shape {tuple(weight.shape)}",
+            "give those of the input of this very weight, [out, in]",
+        )
+    if not stats.once(("finite", needs), lambda: bool(torch.isfinite(found.sum()))):  # a sum is finite only if all are
+        raise InputRefused(
+            "the inputs seen in calibration are infinite or not a number",
+            "the model overflows on this text: use other text, or --method magnitude",
+        )
+    return stats
+
+
+def gram_of(stats: InputStats) -> torch.Tensor:
+    """The Gram matrix of statistics that have one."""
+    assert stats.gram is not None, "require() asks for it"
+    return stats.gram
+
+
+def working_dtype(weight: torch.Tensor) -> torch.dtype:
+    """What to compute in: float32, and float64 for weights that are."""
+    return torch.promote_types(weight.dtype, torch.float32)
+
+
+def finished(weight: torch.Tensor, values: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+    """`values` [out, in] in the dtype of `weight`, +0.0 where `mask` drops them.
+
+    Raises:
+        TsenorError: an updated weight is too large for the dtype.
+    """
+    pruned = apply_mask(values.to(weight.dtype), mask)
+    if not bool(torch.isfinite(pruned).all()):
+        raise overflow(weight.dtype)
+    return pruned
+
+
+def overflow(dtype: torch.dtype) -> TsenorError:
+    """An update has left the range of the dtype."""
+    name = str(dtype).removeprefix("torch.")
+    return TsenorError(
+        f"the updated weights do not fit into {name}", "use --no-update, which keeps weights as they are, or --damping"
+    )

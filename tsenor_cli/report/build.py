@@ -6,7 +6,7 @@ import math
 import platform
 import resource
 import sys
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, field
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -17,16 +17,16 @@ from tsenor_cli import __version__
 from tsenor_cli.checkpoint.plan import Plan, TensorPlan
 from tsenor_cli.masks.apply import count_zeros
 from tsenor_cli.masks.solution import Status
-from tsenor_cli.pruners.base import PrunedLayer
+from tsenor_cli.pruners.base import Calibrated, PrunedLayer
 from tsenor_cli.report.records import Report, Summary, TensorRecord
-from tsenor_cli.specs import PruneSpec
+from tsenor_cli.specs import PruneSpec, Rule
 
 _PACKAGES = ("torch", "transformers", "safetensors", "huggingface_hub", "numba", "numpy")
 
 
 @dataclass
 class Tally:
-    """Sums over the bands of one tensor."""
+    """Sums over the parts of one tensor: its bands, or its experts."""
 
     zeros: int = 0
     energy: float = 0.0
@@ -34,11 +34,15 @@ class Tally:
     objective: float = 0.0
     upper_bound: float = 0.0
     worst_block_gap: float = 0.0
+    solver_seconds: float = 0.0
     seconds: float = 0.0
     solver: str = ""
-    stopped: bool = False  # a band's solver ran out of iterations
+    stopped: bool = False  # a part's solver ran out of iterations
+    calibrations: list[Calibrated] = field(default_factory=list)
+    fallbacks: list[str] = field(default_factory=list)
 
-    def add(self, weight: torch.Tensor, layer: PrunedLayer) -> None:
+    def add(self, weight: torch.Tensor, layer: PrunedLayer, seconds: float, fallback: str | None = None) -> None:
+        """Add one part: what it was, what became of it, and why it got another method than the chosen one."""
         solution = layer.solution
         self.zeros += count_zeros(layer.weight)
         self.energy += energy(weight)
@@ -46,14 +50,24 @@ class Tally:
         self.objective += solution.objective
         self.upper_bound += solution.upper_bound
         self.worst_block_gap = max(self.worst_block_gap, solution.worst_block_gap)
-        self.seconds += solution.seconds
+        self.solver_seconds += solution.seconds
+        self.seconds += seconds
         self.solver = solution.solver
         self.stopped |= solution.status is Status.MAX_ITERATIONS
+        if layer.calibrated is not None:
+            self.calibrations.append(layer.calibrated)
+        if fallback is not None:
+            self.fallbacks.append(fallback)
 
     def record(self, item: TensorPlan) -> TensorRecord:
+        assert item.choice is not None
         return TensorRecord(
             **_facts(item),
             action="pruned",
+            pattern=str(item.choice.pattern),
+            transposable=item.choice.pattern.transposable,
+            method=item.choice.method,
+            fallbacks=self.fallbacks or None,
             zeros=self.zeros,
             energy=self.energy,
             kept_energy=_share(self.kept_energy, self.energy),
@@ -63,8 +77,28 @@ class Tally:
             worst_block_gap=self.worst_block_gap,
             solver=self.solver,
             status=(Status.MAX_ITERATIONS if self.stopped else Status.CONVERGED).label,
+            solver_seconds=round(self.solver_seconds, 6),
             seconds=round(self.seconds, 6),
+            **_calibration_facts(self.calibrations),
         )
+
+
+def _calibration_facts(parts: list[Calibrated]) -> dict[str, Any]:
+    """What calibration says of a tensor: of its experts together, if it has several."""
+    if not parts:
+        return {}
+    facts: dict[str, Any] = {"tokens": sum(part.tokens for part in parts)}
+    outputs = [part.output_energy for part in parts if part.output_energy is not None]
+    if len(outputs) == len(parts):
+        total = math.fsum(outputs)
+        facts |= {
+            "output_energy": total,
+            "mask_error": _part(math.fsum(part.mask_loss for part in parts if part.mask_loss is not None), total),
+            "error": _part(math.fsum(part.loss for part in parts if part.loss is not None), total),
+            "damping": max(part.damping for part in parts if part.damping is not None),
+            "damping_retries": sum(part.damping_retries for part in parts),
+        }
+    return facts
 
 
 def kept_record(item: TensorPlan) -> TensorRecord:
@@ -77,9 +111,17 @@ def energy(weight: torch.Tensor) -> float:
     return float(torch.linalg.vector_norm(weight, dim=-1, dtype=torch.float64).square().sum())
 
 
-def build_report(spec: PruneSpec, plan: Plan, records: list[TensorRecord], citation: str, seconds: float) -> Report:
+def build_report(
+    spec: PruneSpec,
+    plan: Plan,
+    records: list[TensorRecord],
+    citations: dict[str, str],
+    seconds: float,
+    calibration: dict[str, Any] | None = None,
+    perplexity: dict[str, Any] | None = None,
+) -> Report:
     """Gather the whole report of a finished run."""
-    checkpoint = plan.checkpoint
+    checkpoint, pattern = plan.checkpoint, spec.pattern
     return Report(
         tsenor_version=__version__,
         versions={"python": platform.python_version(), **{name: version(name) for name in _PACKAGES}},
@@ -89,26 +131,41 @@ def build_report(spec: PruneSpec, plan: Plan, records: list[TensorRecord], citat
             "architecture": next(iter(checkpoint.config.get("architectures") or []), None),
             "model_type": checkpoint.config.get("model_type"),
         },
-        pattern={"n": spec.pattern.n, "m": spec.pattern.m, "transposable": spec.pattern.transposable},
+        pattern=asdict(pattern) if pattern is not None else None,
         options={
             "method": spec.method,
+            "rules": [_rule(rule) for rule in spec.rules],
             "solver": spec.solver,
             "tau": spec.tau,
             "iterations": spec.iterations,
             "local_search": spec.local_search,
+            "update": spec.update,
+            "damping": spec.damping,
+            "few_tokens": spec.few_tokens,
+            "memory_budget": spec.memory_budget,
             "only": list(spec.only),
             "ignore": list(spec.ignore),
             "min_coverage": spec.min_coverage,
             "strict": spec.strict,
             "device": spec.device,
         },
-        citation=citation,
+        citations={name: citations[name] for name in sorted({r.method for r in records if r.method is not None})},
         device="cpu",
         threads=torch.get_num_threads(),
         summary=_summarise(plan, records, seconds),
         tensors=records,
+        calibration=calibration,
+        perplexity=perplexity,
         left_out_files=[str(path) for path in checkpoint.left_out_files],
     )
+
+
+def _rule(rule: Rule) -> dict[str, Any]:
+    """A rule as a recipe would say it."""
+    if rule.choice is None:
+        return {"match": list(rule.match), "skip": True}
+    pattern = rule.choice.pattern
+    return {"match": list(rule.match), "nm": str(pattern), "kind": pattern.kind, "method": rule.choice.method}
 
 
 def _summarise(plan: Plan, records: list[TensorRecord], seconds: float) -> Summary:
@@ -129,9 +186,16 @@ def _summarise(plan: Plan, records: list[TensorRecord], seconds: float) -> Summa
         gap=_gap(objective, upper_bound),
         worst_block_gap=max((record.worst_block_gap or 0.0 for record in pruned), default=0.0),
         checkpoint_bytes=nbytes,
+        error=_error(pruned),
         seconds=round(seconds, 3),
         peak_memory_bytes=peak_memory_bytes(),
     )
+
+
+def _error(records: list[TensorRecord]) -> float | None:
+    """The relative output error of all tensors together whose own is known."""
+    known = [(r.error, r.output_energy) for r in records if r.error is not None and r.output_energy is not None]
+    return _part(math.fsum(a * b for a, b in known), math.fsum(b for _, b in known)) if known else None
 
 
 def peak_memory_bytes() -> int:
@@ -164,6 +228,10 @@ def _total(records: list[TensorRecord], field: str) -> float:
 
 def _share(part: float, whole: float) -> float:
     return part / whole if whole else 1.0
+
+
+def _part(part: float, whole: float) -> float:
+    return part / whole if whole else 0.0
 
 
 def _gap(objective: float, upper_bound: float) -> float:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections import Counter
 from pathlib import Path
 from typing import cast
 
@@ -10,7 +11,7 @@ from huggingface_hub import ModelCard, ModelCardData
 
 from tsenor_cli.checkpoint.reader import Checkpoint
 from tsenor_cli.report.records import Report
-from tsenor_cli.specs import PruneSpec
+from tsenor_cli.specs import NMPattern, PruneSpec
 
 CARD_FILE = "README.md"
 
@@ -18,7 +19,8 @@ CARD_FILE = "README.md"
 def model_card(checkpoint: Checkpoint, spec: PruneSpec, report: Report) -> str:
     """The text of the output's README.md."""
     metadata, original = _original_card(checkpoint.directory / CARD_FILE)
-    tags = [*(metadata.tags or []), "sparse", "tsenor", str(spec.pattern), spec.pattern.kind]
+    patterns = _patterns(report)
+    tags = [*(metadata.tags or []), "sparse", "tsenor", *map(str, patterns), *(pattern.kind for pattern in patterns)]
     metadata.tags = list(dict.fromkeys(tags))
     metadata.library_name = metadata.library_name or "transformers"
     if checkpoint.revision is not None and not Path(spec.model).exists():
@@ -26,24 +28,27 @@ def model_card(checkpoint: Checkpoint, spec: PruneSpec, report: Report) -> str:
         metadata["base_model_relation"] = (
             "quantized"  # the hub's name for a compressed re-release; it has none for pruned
         )
-    body = _what_was_done(spec, report)
+    body = _what_was_done(report, patterns)
     if original:
         body += f"\n---\n\nThe original model card follows.\n\n{original}"
     return f"---\n{metadata.to_yaml()}\n---\n\n{body}"
 
 
-def _what_was_done(spec: PruneSpec, report: Report) -> str:
-    pattern, summary = spec.pattern, report.summary
-    tile = (
-        f"Every {pattern.m}×{pattern.m} tile keeps exactly {pattern.n} weights per row and {pattern.n} per column, "
-        f"so both W and its transpose are {pattern}."
-        if pattern.transposable
-        else f"Of every {pattern.m} consecutive weights along the input axis {pattern.n} are kept."
-    )
-    return f"""# {pattern} sparse ({pattern.kind})
+def _patterns(report: Report) -> list[NMPattern]:
+    """The patterns of the pruned tensors, the most frequent first."""
+    pruned = [record for record in report.tensors if record.pattern is not None]
+    found = Counter(NMPattern.parse(str(r.pattern), transposable=bool(r.transposable)) for r in pruned)
+    return [pattern for pattern, _ in found.most_common()]
 
-This checkpoint was pruned to {pattern} {pattern.kind} sparsity with `tsenor {report.tsenor_version}`, method
-{spec.method}. {tile} It is stored dense, with zeros, and loads like the original.
+
+def _what_was_done(report: Report, patterns: list[NMPattern]) -> str:
+    summary = report.summary
+    kinds = ", ".join(f"{pattern} {pattern.kind}" for pattern in patterns)
+    return f"""# {", ".join(f"{pattern} sparse ({pattern.kind})" for pattern in patterns)}
+
+This checkpoint was pruned to {kinds} sparsity with `tsenor {report.tsenor_version}`, method
+{" and ".join(report.citations)}. {" ".join(map(_meaning, patterns))} It is stored dense, with zeros, and loads like
+the original.
 
 | | |
 |---|---|
@@ -51,10 +56,37 @@ This checkpoint was pruned to {pattern} {pattern.kind} sparsity with `tsenor {re
 | coverage (pruned / prunable parameters) | {summary.coverage:.2%} |
 | energy kept (sum of squared weights) | {summary.kept_energy:.2%} |
 | optimality gap of the masks | {summary.gap:.1e} |
-
+{_calibration_rows(report)}
 Every tensor, with the reason for each that was left alone, is in `tsenor-report.json`;
 `tsenor verify DIR` checks this checkpoint against it.
+
+{_citations(report)}
 """
+
+
+def _meaning(pattern: NMPattern) -> str:
+    if pattern.transposable:
+        return (
+            f"Every {pattern.m}×{pattern.m} tile keeps exactly {pattern.n} weights per row and {pattern.n} per column, "
+            f"so both W and its transpose are {pattern}."
+        )
+    return f"Of every {pattern.m} consecutive weights along the input axis {pattern.n} are kept."
+
+
+def _calibration_rows(report: Report) -> str:
+    rows = ""
+    if report.summary.error is not None:
+        rows += f"| relative output error on the calibration text | {report.summary.error:.2%} |\n"
+    if report.calibration is not None:
+        rows += f"| calibration | {report.calibration['tokens']} tokens |\n"
+    if report.perplexity is not None:
+        before, after = (report.perplexity[key]["perplexity"] for key in ("before", "after"))
+        rows += f"| perplexity before → after | {before:.2f} → {after:.2f} |\n"
+    return rows
+
+
+def _citations(report: Report) -> str:
+    return "\n".join(f"- {name}: {text}" for name, text in report.citations.items())
 
 
 def _original_card(path: Path) -> tuple[ModelCardData, str]:

@@ -6,7 +6,7 @@ import json
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 
 
 @dataclass(frozen=True)
@@ -22,16 +22,27 @@ class TensorRecord:
     action: str  # "pruned" or "kept"
     reason: str | None = None  # why it was kept
     layout: str | None = None  # how its matrices lie on disk, if that is understood
+    pattern: str | None = None  # N:M
+    transposable: bool | None = None
+    method: str | None = None
+    fallbacks: list[str] | None = None  # why parts of it were pruned by magnitude instead
     zeros: int | None = None
     energy: float | None = None  # Σ w² of the input
     kept_energy: float | None = None  # Σ w² of the output / energy
+    tokens: int | None = None  # seen in calibration; of experts: all of them together
+    output_energy: float | None = None  # ‖XWᵀ‖² of the input weights on the calibration text
+    mask_error: float | None = None  # ‖X(W - M∘W)ᵀ‖² / ‖XWᵀ‖² on the calibration text, the kept weights unchanged
+    error: float | None = None  # the same of the output; unknown without a Gram matrix
+    damping: float | None = None  # what was added to the Gram matrix's diagonal, of its mean; the largest, of experts
+    damping_retries: int | None = None  # how often the factorisation failed and was repeated with more
     objective: float | None = None  # Σ of the kept scores
     upper_bound: float | None = None  # no mask of this pattern can have a larger objective
     gap: float | None = None  # (upper_bound - objective) / upper_bound
     worst_block_gap: float | None = None
     solver: str | None = None
     status: str | None = None  # how the solver ended: masks.solution.Status
-    seconds: float | None = None  # in the mask solver
+    solver_seconds: float | None = None
+    seconds: float | None = None  # in the pruning method, its solver included
 
 
 @dataclass(frozen=True)
@@ -50,6 +61,7 @@ class Summary:
     gap: float
     worst_block_gap: float
     checkpoint_bytes: int  # of the shards; the output's are the same size
+    error: float | None  # Σ of the tensors' squared output errors / Σ of their squared outputs, where known
     seconds: float
     peak_memory_bytes: int  # the whole process, imports included
 
@@ -61,13 +73,15 @@ class Report:
     tsenor_version: str
     versions: dict[str, str]
     model: dict[str, Any]  # source, revision, architecture, model_type
-    pattern: dict[str, Any]  # n, m, transposable
+    pattern: dict[str, Any] | None  # n, m, transposable: of tensors that no rule of a recipe fits
     options: dict[str, Any]
-    citation: str
+    citations: dict[str, str]  # of every method that was used
     device: str
     threads: int
     summary: Summary
     tensors: list[TensorRecord]
+    calibration: dict[str, Any] | None = None  # the text: source, hashes, samples, tokens
+    perplexity: dict[str, Any] | None = None  # before and after, with the text they were measured on
     left_out_files: list[str] = field(default_factory=list)
     schema_version: int = SCHEMA_VERSION
 

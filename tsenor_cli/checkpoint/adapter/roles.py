@@ -1,4 +1,4 @@
-"""What each tensor on disk is to transformers: the only file that touches its loading machinery.
+"""What each tensor on disk is to transformers.
 
 The model is built on the meta device (no memory), transformers' own conversion mapping turns each name on disk
 into a parameter, and the module that owns the parameter says what it is. Remote code is never run.
@@ -9,21 +9,21 @@ The functions used here are semi-private (`rename_source_key`, `get_model_conver
 from __future__ import annotations
 
 import re
-import warnings
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
-import torch
-import transformers
 from torch import nn
-from transformers import AutoConfig, AutoModel, PretrainedConfig, PreTrainedModel
+from transformers import PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
 from transformers.pytorch_utils import Conv1D
 
+from tsenor_cli.checkpoint.adapter.meta import meta_model
+from tsenor_cli.checkpoint.adapter.skeleton import find_layers
 from tsenor_cli.checkpoint.layouts import Layout
 from tsenor_cli.checkpoint.reader import Checkpoint, DiskTensor
+from tsenor_cli.checkpoint.site import NOT_IN_MODEL, Site
 from tsenor_cli.errors import InputRefused
 
 # Conversions that leave each matrix as it is, or only join and cut it along the output axis.
@@ -47,53 +47,34 @@ class Role:
     prunable: bool = True
     out_pieces: tuple[int, ...] = ()
     rows_move: bool = False  # loading permutes the output rows
+    site: Site | None = None  # where its input can be seen, if it can
+    layer: int | None = None  # the decoder layer it belongs to, if it belongs to one
 
 
-def read_roles(checkpoint: Checkpoint) -> dict[str, Role]:
+def read_roles(checkpoint: Checkpoint, *, layered: bool = False) -> dict[str, Role]:
     """The role of every tensor of the checkpoint.
 
     Raises:
-        InputRefused: transformers has no model for this config.
+        InputRefused: transformers has no model for this config; or, if it must be `layered`, one without a list of
+            decoder layers.
     """
-    model = _meta_model(checkpoint)
+    model = meta_model(checkpoint)
     mapping = get_model_conversion_mapping(model)
-    return _Roles(model, mapping).of(checkpoint.tensors.values())
-
-
-def _meta_model(checkpoint: Checkpoint) -> PreTrainedModel:
-    """The checkpoint's own model class on the meta device: structure and shapes, no weights."""
     try:
-        config = AutoConfig.from_pretrained(checkpoint.directory, trust_remote_code=False, local_files_only=True)
-        with torch.device("meta"), warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # initialisation has nothing to say about meta tensors
-            return _build(config)
+        layers, _ = find_layers(model)
     except InputRefused:
-        raise
-    except Exception as error:  # configs are foreign input: whatever they break in transformers is their fault
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise InputRefused(
-            f"transformers cannot build the model of {checkpoint.directory} ({reason})",
-            "the checkpoint needs remote code or another transformers version",
-        ) from error
-
-
-def _build(config: PretrainedConfig) -> PreTrainedModel:
-    names = getattr(config, "architectures", None) or []
-    model: PreTrainedModel
-    if not names:
-        model = AutoModel.from_config(config)  # type: ignore[no-untyped-call]
-    elif hasattr(transformers, names[0]):
-        model = getattr(transformers, names[0])._from_config(config)  # noqa: SLF001  (what from_pretrained calls)
-    else:
-        raise InputRefused(f"transformers {transformers.__version__} has no {names[0]}", "upgrade transformers")
-    return model
+        if layered:
+            raise
+        layers = None
+    return _Roles(model, mapping, layers).of(checkpoint.tensors.values())
 
 
 class _Roles:
     """Looks tensors up in one meta model."""
 
-    def __init__(self, model: PreTrainedModel, mapping: list[Any]) -> None:
+    def __init__(self, model: PreTrainedModel, mapping: list[Any], layers: str | None) -> None:
         self.model = model
+        self.layer = re.compile(rf"{re.escape(layers)}\.(\d+)\.") if layers is not None else None
         self.state = model.state_dict()
         self.renamings = [item for item in mapping if isinstance(item, WeightRenaming)]
         self.converters = [item for item in mapping if isinstance(item, WeightConverter)]
@@ -109,7 +90,7 @@ class _Roles:
             tensor.name, self.renamings, self.converters, self.model.base_model_prefix, self.state
         )
         if key not in self.state:
-            return Role("not in the model", prunable=False)
+            return Role(NOT_IN_MODEL, prunable=False)
         owner_name, _, parameter = key.rpartition(".")
         owner = self.model.get_submodule(owner_name)
         reason = self._left_alone(owner, owner_name, tensor)
@@ -117,8 +98,22 @@ class _Roles:
             return Role(reason, prunable=False)
         converter = next((item for item in self.converters if pattern in item.source_patterns), None)
         if converter is None or pattern is None:
-            return self._plain_role(owner, parameter, tensor.shape, tuple(self.state[key].shape))
-        return self._converted_role(owner, parameter, tensor, key, converter)
+            role = self._plain_role(owner, parameter, tensor.shape, tuple(self.state[key].shape))
+        else:
+            role = self._converted_role(owner, parameter, tensor, key, converter)
+        site = self._site(owner, owner_name, parameter)
+        if site is not None and site.fused and len(tensor.shape) == 2:  # one file entry for each expert
+            site = _expert_site(site, tensor.name, pattern)
+        within = self.layer.match(key) if self.layer else None
+        return replace(role, site=site, layer=int(within[1]) if within else None)
+
+    def _site(self, owner: nn.Module, name: str, parameter: str) -> Site | None:
+        """Where the input of a parameter can be seen: modules have hooks, experts transformers' interface."""
+        if isinstance(owner, (nn.Linear, Conv1D)) and parameter == "weight":
+            return Site(name)
+        if hasattr(owner, "has_gate") and hasattr(owner, "is_transposed"):  # set by use_experts_implementation
+            return Site(name, parameter, fused=True)
+        return None
 
     def _left_alone(self, owner: nn.Module, name: str, tensor: DiskTensor) -> str | None:
         """Why a tensor must not be pruned whatever the pattern, or None."""
@@ -200,6 +195,13 @@ class _Roles:
             return None
         sizes = tuple(self.state[name].shape[0] for name in keys)
         return sizes if sum(sizes) == out else None
+
+
+def _expert_site(site: Site, name: str, pattern: str | None) -> Site | None:
+    """The site of the expert whose number stands in `name` where the star stands in the conversion's pattern."""
+    after_star = (pattern or "").partition("*")[2]
+    number = re.search(rf"\.(\d+){re.escape(after_star)}$", name) if after_star else None
+    return site.of_expert(int(number[1])) if number else None
 
 
 def _moves_rows_only(converter: WeightConverter, tensor: DiskTensor) -> bool:

@@ -17,8 +17,8 @@ from transformers.core_model_loading import (
     WeightConverter,
 )
 
-from tsenor_cli.checkpoint import layers
-from tsenor_cli.checkpoint.layers import read_roles
+from tsenor_cli.checkpoint.adapter import roles
+from tsenor_cli.checkpoint.adapter.roles import read_roles
 from tsenor_cli.checkpoint.plan import make_plan
 from tsenor_cli.checkpoint.reader import open_checkpoint
 from tsenor_cli.specs import NMPattern, PruneSpec
@@ -39,7 +39,7 @@ ATTENTION = "model.layers.0.self_attn."
 def role(tmp_path, monkeypatch, name, shape, source, target, *operations):
     """The role of one tensor on disk that is loaded through these operations."""
     mapping = [WeightConverter([source], target, operations=list(operations))]
-    monkeypatch.setattr(layers, "get_model_conversion_mapping", lambda _: mapping)
+    monkeypatch.setattr(roles, "get_model_conversion_mapping", lambda _: mapping)
     tensors = {name: torch.zeros(shape)}
     checkpoint = open_checkpoint(write_checkpoint(tmp_path / "c", {"model.safetensors": tensors}, CONFIG))
     return read_roles(checkpoint)[name]
@@ -115,7 +115,7 @@ def test_a_router_is_known_by_its_class(tmp_path, monkeypatch):
     class DensityRouter(nn.Linear):
         """Named unlike any router."""
 
-    real = layers._meta_model
+    real = roles.meta_model
 
     def with_router(checkpoint):
         model = real(checkpoint)
@@ -123,7 +123,7 @@ def test_a_router_is_known_by_its_class(tmp_path, monkeypatch):
             model.model.layers[0].mlp.density = DensityRouter(32, 32)
         return model
 
-    monkeypatch.setattr(layers, "_meta_model", with_router)
+    monkeypatch.setattr(roles, "meta_model", with_router)
     name = "model.layers.0.mlp.density.weight"
     tensors = {name: torch.zeros(32, 32)}
     checkpoint = open_checkpoint(write_checkpoint(tmp_path / "c", {"model.safetensors": tensors}, CONFIG))

@@ -1,0 +1,73 @@
+"""Perplexity by streaming is that of the whole model."""
+
+from __future__ import annotations
+
+import json
+import math
+
+import pytest
+import torch
+import transformers
+from checkpoints import ARCHITECTURES, add_tokenizer, make_checkpoint, read_shards, write_checkpoint
+
+from tsenor_cli.calibration.perplexity import measure_perplexity
+from tsenor_cli.calibration.tokens import TextTokens
+from tsenor_cli.checkpoint.reader import open_checkpoint
+from tsenor_cli.errors import InputRefused, TsenorError
+from tsenor_cli.observer import Observer
+from tsenor_cli.pipeline import evaluate
+
+
+def windows(*shape):
+    return torch.randint(5, 90, shape, generator=torch.Generator().manual_seed(3))
+
+
+def measure(directory, tokens, **options):
+    return measure_perplexity(open_checkpoint(directory), TextTokens(tokens, "a test", "t", "k"), Observer(), **options)
+
+
+@pytest.mark.parametrize("architecture", ["llama", "gpt2", "gemma3", "mixtral", "bloom"])
+def test_it_is_that_of_the_whole_model(architecture, tmp_path):
+    directory, tokens = make_checkpoint(architecture, tmp_path / "model"), windows(70, 32)
+    found = measure(directory, tokens)
+    model = getattr(transformers, ARCHITECTURES[architecture].model_class).from_pretrained(directory).eval()
+    with torch.no_grad():
+        loss = -model(input_ids=tokens).logits[:, :-1].double().log_softmax(-1).gather(-1, tokens[:, 1:, None]).mean()
+    assert found.predicted_tokens == 70 * 31
+    assert found.mean_loss == pytest.approx(loss.item(), rel=1e-3 if model.dtype == torch.bfloat16 else 1e-6)
+    assert found.perplexity == math.exp(found.mean_loss)
+    assert found.dtype == ARCHITECTURES[architecture].dtype
+
+
+def test_the_memory_budget_changes_no_bit(tmp_path):
+    directory, tokens = make_checkpoint("llama", tmp_path / "model"), windows(9, 64)
+    assert measure(directory, tokens).mean_loss == measure(directory, tokens, memory_budget=1000).mean_loss
+
+
+def test_a_loss_that_is_not_finite_is_an_error(tmp_path):
+    directory = make_checkpoint("llama", tmp_path / "model")
+    shards = read_shards(directory)
+    for shard in shards.values():
+        if "model.norm.weight" in shard:
+            shard["model.norm.weight"][:] = float("inf")
+    write_checkpoint(tmp_path / "broken", shards, json.loads((directory / "config.json").read_text()))
+    with pytest.raises(TsenorError, match="loss is not finite") as caught:
+        measure(tmp_path / "broken", windows(2, 8))
+    assert caught.value.exit_code == 1
+
+
+def test_an_encoder_has_none(tmp_path):
+    with pytest.raises(InputRefused, match="BertForMaskedLM predicts no next token"):
+        measure(make_checkpoint("bert", tmp_path / "model"), windows(2, 8))
+
+
+def test_from_a_text_on(tmp_path):
+    """One letter is one token here, so windows are pieces of the text."""
+    directory = add_tokenizer(make_checkpoint("llama", tmp_path / "model"))
+    (tmp_path / "a.txt").write_text("the quick brown fox jumps over the lazy dog " * 10)
+    found = evaluate(str(directory), str(tmp_path / "a.txt"), sequence_length=44, max_windows=3)
+    assert found.tokens.windows.shape == (3, 44)
+    assert torch.equal(found.tokens.windows[0], found.tokens.windows[2])
+    assert found.to_dict()["source"] == str(tmp_path / "a.txt")
+    usual = evaluate(str(directory), str(tmp_path / "a.txt"))
+    assert usual.tokens.windows.shape[1] == 64  # the model's maximum

@@ -1,0 +1,110 @@
+"""Gram matrices are those of the inputs, are shared where inputs are, and are not seen twice."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+from tsenor_cli.calibration.statistics import Accumulator, Collector
+from tsenor_cli.checkpoint.site import Site
+from tsenor_cli.errors import InputRefused
+
+CPU = torch.device("cpu")
+
+
+def noise(*shape, seed=0):
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+@pytest.mark.parametrize("features", [1, 5, 64, 511, 512, 1000])
+def test_the_gram_matrix_of_several_batches(features):
+    x = noise(300, features).to(torch.bfloat16)
+    sums = Accumulator(features, CPU, gram=True)
+    for batch in x.split(128):
+        sums.add(batch.view(1, *batch.shape))
+    stats = sums.result()
+    exact = x.double().T @ x.double()
+    assert stats.tokens == 300
+    assert stats.gram.dtype == torch.float64
+    assert torch.equal(stats.gram, stats.gram.T)
+    assert torch.allclose(stats.gram, exact, rtol=1e-5, atol=1e-5 * exact.diagonal().mean().item())
+    assert torch.equal(stats.squared_norms, stats.gram.diagonal())
+
+
+def test_norms_alone():
+    x = noise(300, 40)
+    sums = Accumulator(40, CPU, gram=False)
+    sums.add(x)
+    stats = sums.result()
+    assert stats.gram is None
+    assert torch.allclose(stats.squared_norms, x.double().square().sum(0), rtol=1e-6)
+
+
+def test_many_batches_lose_nothing():
+    """Float32 totals would stand still once a batch is 2^24 times smaller than they are."""
+    sums = Accumulator(1, CPU, gram=True)
+    sums.add(torch.full((1, 1), 2.0**14))
+    for _ in range(64):
+        sums.add(torch.ones(1, 1))
+    assert sums.result().gram.item() == 2.0**28 + 64
+
+
+class Block(nn.Module):
+    """q and k are given the same tensor; v a changed one; o something else, by keyword."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.q, self.k, self.v, self.o = (nn.Linear(8, 8, bias=False) for _ in range(4))
+        self.same = True
+
+    def forward(self, x):
+        y = self.q(x) + self.k(x if self.same else x.clone())
+        x.mul_(2)  # in place: the same object, and no longer the same values
+        return self.o(input=y + self.v(x))
+
+
+SITES = {name: Site(name) for name in "qkvo"}
+
+
+def collect(block, *inputs):
+    collector = Collector(block, SITES.values(), gram=True)
+    for x in inputs:
+        with torch.no_grad(), collector.watching():
+            block(x.clone())
+    return collector
+
+
+def test_inputs_that_are_one_tensor_share_their_statistics():
+    block, x, y = Block(), noise(10, 8), noise(6, 8, seed=1)
+    stats = collect(block, x, y).results()
+    assert stats[SITES["q"]] is stats[SITES["k"]]
+    assert len({id(found) for found in stats.values()}) == 3
+    both = torch.cat([x, y]).double()
+    assert torch.allclose(stats[SITES["q"]].gram, both.T @ both)
+    assert torch.allclose(stats[SITES["v"]].gram, 4 * both.T @ both)
+    assert {found.tokens for found in stats.values()} == {16}
+
+
+def test_inputs_shared_only_sometimes_are_refused():
+    block = Block()
+    collector = collect(block, noise(4, 8))
+    block.same = False
+    with pytest.raises(InputRefused, match="for some texts"), torch.no_grad(), collector.watching():
+        block(noise(4, 8))
+
+
+def test_hooks_are_gone_afterwards():
+    block = Block()
+    collector = collect(block, noise(4, 8))
+    with torch.no_grad():
+        block(noise(4, 8))
+    assert {found.tokens for found in collector.results().values()} == {4}
+    assert not any(module._forward_pre_hooks for module in block.modules())
+
+
+def test_only_what_is_asked_for_is_seen():
+    collector = Collector(Block(), [SITES["o"]], gram=False)
+    with torch.no_grad(), collector.watching():
+        collector._model(noise(4, 8))
+    assert set(collector.results()) == {SITES["o"]}

@@ -1,0 +1,39 @@
+"""Output errors against the outputs themselves."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from pruners.examples import make_inputs, make_weight, stats_of
+
+from tsenor_cli.pruners.error import assess, output_energy
+from tsenor_cli.pruners.factor import Damping
+
+
+@pytest.mark.parametrize(("out", "features"), [(3, 5), (7, 512), (5, 700), (2, 1030)])
+@pytest.mark.parametrize(("dtype", "relative"), [(torch.float64, 1e-12), (torch.float32, 1e-5), (torch.bfloat16, 1e-5)])
+def test_energy_is_that_of_the_outputs(out, features, dtype, relative):
+    weight, inputs = make_weight(out, features, dtype), make_inputs(40, features)
+    expected = float((inputs @ weight.double().T).square().sum())
+    assert output_energy(weight, stats_of(inputs).gram) == pytest.approx(expected, rel=relative)
+
+
+def test_losses_are_those_of_the_outputs():
+    weight, inputs = make_weight(6, 8, torch.bfloat16), make_inputs(40, 8)
+    mask = torch.rand(6, 8, generator=torch.Generator().manual_seed(3)) < 0.5
+    pruned = (torch.where(mask, weight, 0.0) * 1.5).to(torch.bfloat16)
+    seen = assess(weight, mask, pruned, stats_of(inputs), Damping(0.1, 2))
+
+    def expected(other):
+        return float((inputs @ (weight.double() - other.double()).T).square().sum())
+
+    assert seen.output_energy == pytest.approx(expected(torch.zeros(6, 8)), rel=1e-5)
+    assert seen.mask_loss == pytest.approx(expected(torch.where(mask, weight, 0.0)), rel=1e-5)
+    assert seen.loss == pytest.approx(expected(pruned), rel=1e-5)
+    assert (seen.tokens, seen.damping, seen.damping_retries) == (40, 0.1, 2)
+
+
+def test_nothing_changed_is_no_error_at_all():
+    weight, stats = make_weight(6, 8), stats_of(make_inputs(40, 8))
+    seen = assess(weight, torch.ones(6, 8, dtype=torch.bool), weight, stats, Damping(0.01, 0))
+    assert (seen.mask_error, seen.error) == (0.0, 0.0)

@@ -1,0 +1,1 @@
+"""Text, and what flows through a model that reads it."""

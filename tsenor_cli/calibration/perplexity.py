@@ -1,0 +1,97 @@
+"""Perplexity by streaming layers: the whole model is never in memory.
+
+exp of the mean loss per predicted token; the text is cut into windows that do not overlap, a window sees nothing of
+the one before, and its first token is context only.
+"""
+
+from __future__ import annotations
+
+import math
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch.nn.functional import cross_entropy
+
+from tsenor_cli.calibration.replay import Replay, batches
+from tsenor_cli.errors import InputRefused, TsenorError
+from tsenor_cli.observer import Observer
+
+if TYPE_CHECKING:
+    from tsenor_cli.calibration.tokens import TextTokens
+    from tsenor_cli.checkpoint.adapter.skeleton import Skeleton
+    from tsenor_cli.checkpoint.reader import Checkpoint
+
+_CHUNK = 256  # tokens whose logits are in float32 at a time
+
+
+@dataclass(frozen=True)
+class Perplexity:
+    """A figure, and everything it depends on."""
+
+    perplexity: float
+    mean_loss: float  # nats per predicted token
+    predicted_tokens: int
+    dtype: str  # what the model computes in
+    tokens: TextTokens
+
+    def to_dict(self) -> dict[str, Any]:
+        return {
+            "perplexity": self.perplexity,
+            "mean_loss": self.mean_loss,
+            "predicted_tokens": self.predicted_tokens,
+            "dtype": self.dtype,
+            **self.tokens.to_dict(),
+        }
+
+
+def measure_perplexity(
+    checkpoint: Checkpoint, tokens: TextTokens, observer: Observer, memory_budget: int | None = None
+) -> Perplexity:
+    """Perplexity on `tokens.windows`, in the checkpoint's own dtype.
+
+    Hidden states go to the directory for temporary files (TMPDIR) if they do not fit into the memory budget, in bytes.
+
+    Raises:
+        InputRefused: not a causal language model, or one that cannot be run layer by layer.
+        TsenorError: the loss is not finite.
+    """
+    from tsenor_cli.checkpoint.adapter.skeleton import Skeleton
+
+    skeleton = Skeleton(checkpoint)
+    if not skeleton.model.can_generate():
+        raise InputRefused(
+            f"{type(skeleton.model).__name__} predicts no next token: it has no perplexity", "evaluate another model"
+        )
+    windows = batches(tokens.windows)
+    spills = memory_budget is not None and _needed(skeleton, tokens.windows) > memory_budget
+    with Replay(skeleton, windows, Path(tempfile.gettempdir()) if spills else None) as replay:
+        for index in range(len(skeleton.layers)):
+            observer.entered(f"evaluating layer {index + 1} of {len(skeleton.layers)}")
+            replay.advance(index, skeleton.load_layer(index))
+            skeleton.drop_layer(index)
+        losses = [_loss(replay.logits(batch), wanted) for batch, wanted in enumerate(windows)]
+    predicted = sum(batch[:, 1:].numel() for batch in windows)
+    mean = math.fsum(losses) / predicted
+    if not math.isfinite(mean):
+        raise TsenorError(f"{checkpoint.directory}: the loss is not finite", "the model overflows in its dtype")
+    return Perplexity(math.exp(mean), mean, predicted, str(skeleton.model.dtype).removeprefix("torch."), tokens)
+
+
+def _needed(skeleton: Skeleton, windows: torch.Tensor) -> int:
+    """Bytes of all that is not a layer, two layers, and the hidden states."""
+    largest = max(sum(t.nbytes for t in skeleton.tensors_of(i)) for i in range(len(skeleton.layers)))
+    hidden: int = windows.numel() * skeleton.model.config.get_text_config().hidden_size * skeleton.model.dtype.itemsize
+    return skeleton.outside_bytes() + 2 * largest + hidden
+
+
+def _loss(logits: torch.Tensor, tokens: torch.Tensor) -> float:
+    """Σ over the predicted tokens of -log p, float32 summed in float64; logits [sequences, tokens, vocabulary]."""
+    parts = [
+        cross_entropy(row.float(), wanted, reduction="none").double().sum()
+        for sequence, target in zip(logits[:, :-1], tokens[:, 1:], strict=True)
+        for row, wanted in zip(sequence.split(_CHUNK), target.split(_CHUNK), strict=True)
+    ]
+    return math.fsum(part.item() for part in parts)

@@ -1,0 +1,130 @@
+"""What the inputs of the weights look like: Gram matrices, norms, and how many tokens were seen.
+
+Inputs are taken to float32, in which products of 16-bit numbers are exact; each batch is summed in float32 and added
+to a float64 total (docs/decisions/0011). Modules that are given the same tensor (q, k and v; gate and up) share one
+set of statistics.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from contextlib import ExitStack, contextmanager
+from functools import partial
+from typing import Any
+
+import torch
+from torch import nn
+
+from tsenor_cli.checkpoint.site import Site
+from tsenor_cli.errors import InputRefused
+from tsenor_cli.pruners.base import InputStats
+
+_COLUMN_BLOCKS = 8  # of the upper triangle: an eighth more than half of the work of the whole product
+_SMALL = 512  # inputs below this are not worth cutting
+
+
+class Accumulator:
+    """Sums over the tokens that one input has carried.
+
+    Args:
+        features: the size of the input.
+        gram: whether the Gram matrix is wanted, or the norms of its columns only.
+    """
+
+    def __init__(self, features: int, device: torch.device, *, gram: bool) -> None:
+        self.tokens = 0
+        self._squares = torch.zeros(features, dtype=torch.float64, device=device)
+        self._gram = torch.zeros(features, features, dtype=torch.float64, device=device) if gram else None
+
+    def add(self, inputs: torch.Tensor) -> None:
+        """Add inputs [.., features] of any floating dtype."""
+        x = inputs.reshape(-1, inputs.shape[-1]).to(torch.float32)
+        self.tokens += len(x)
+        if self._gram is None:
+            self._squares += x.square().sum(0)
+            return
+        for first, last in _column_blocks(x.shape[1]):
+            self._gram[:last, first:last] += x[:, :last].T @ x[:, first:last]
+
+    def result(self) -> InputStats:
+        """The statistics; the Gram matrix is symmetric to the bit. Nothing can be added any more."""
+        if self._gram is None:
+            return InputStats(self.tokens, self._squares)
+        for first, last in _column_blocks(len(self._gram)):
+            self._gram[first:last, :first] = self._gram[:first, first:last].T
+            corner = self._gram[first:last, first:last]
+            corner.copy_(corner.triu() + corner.triu(1).T)
+        return InputStats(self.tokens, self._gram.diagonal().clone(), self._gram)
+
+
+def _column_blocks(features: int) -> Iterator[tuple[int, int]]:
+    """Ranges of columns; each is multiplied with itself and with what stands before it: the upper triangle."""
+    width = features if features < _SMALL else -(-features // _COLUMN_BLOCKS)
+    return ((first, min(first + width, features)) for first in range(0, features, width))
+
+
+class Collector:
+    """Statistics of the inputs of some sites of a model while it runs.
+
+    Args:
+        model: the model that runs.
+        sites: what to watch. A fused site without an expert's number stands for all of its experts.
+        gram: whether Gram matrices are wanted, or norms only.
+    """
+
+    def __init__(self, model: nn.Module, sites: Iterable[Site], *, gram: bool) -> None:
+        self._model = model
+        self._sites = frozenset(sites)
+        self._gram = gram
+        self._sums: dict[Site, Accumulator] = {}
+        self.leaders: dict[Site, Site] = {}  # of several sites that are given the same tensor, the first
+        self._given: list[tuple[torch.Tensor, int, Site]] = []  # in one pass: tensor, version, leader
+
+    @contextmanager
+    def watching(self) -> Iterator[None]:
+        """Watch one pass of one batch."""
+        with ExitStack() as stack:
+            for site in self._sites:
+                if not site.fused:
+                    module = self._model.get_submodule(site.module)
+                    hook = module.register_forward_pre_hook(partial(self._module_given, site), with_kwargs=True)
+                    stack.callback(hook.remove)
+            fused = {self._model.get_submodule(site.module): site.module for site in self._sites if site.fused}
+            if fused:
+                from tsenor_cli.checkpoint.adapter.experts import watched_experts
+
+                stack.enter_context(watched_experts(self._model, partial(self._expert_given, fused)))
+            yield
+        self._given.clear()  # the next pass brings new tensors
+
+    def results(self) -> dict[Site, InputStats]:
+        """The statistics of every site that was given any token; sites with the same input have the same object."""
+        found = {site: sums.result() for site, sums in self._sums.items()}
+        return {site: found[leader] for site, leader in self.leaders.items()}
+
+    def _module_given(self, site: Site, _module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        inputs: torch.Tensor = args[0] if args else next(iter(kwargs.values()))
+        version = inputs._version  # noqa: SLF001  (grows when a tensor is changed in place)
+        leader = next((other for seen, then, other in self._given if seen is inputs and then == version), site)
+        if self.leaders.setdefault(site, leader) != leader:
+            raise InputRefused(
+                f"{site.module} shares its input with {leader.module} for some texts and not for others",
+                "use --method magnitude, which needs no calibration",
+            )
+        if leader is site:
+            self._given.append((inputs, version, site))
+            self._add(site, inputs)
+
+    def _expert_given(
+        self, names: dict[nn.Module, str], module: nn.Module, parameter: str, expert: int, inputs: torch.Tensor
+    ) -> None:
+        whole = Site(names.get(module, ""), parameter, fused=True)
+        site = whole.of_expert(expert)
+        if not self._sites.isdisjoint({whole, site}):
+            self.leaders[site] = site
+            self._add(site, inputs)
+
+    def _add(self, site: Site, inputs: torch.Tensor) -> None:
+        if site not in self._sums:
+            self._sums[site] = Accumulator(inputs.shape[-1], inputs.device, gram=self._gram)
+        self._sums[site].add(inputs)

@@ -1,0 +1,182 @@
+"""A model whose decoder layers come and go: everything else is loaded once, one layer at a time beside it.
+
+Tensors go through transformers' own conversion (`convert_and_load_state_dict_in_model`), so a layer in memory is what
+`from_pretrained` would have made of it. The functions used are semi-private; this file and its neighbours are the only
+ones to change when they move.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from itertools import chain
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import (
+    WeightConverter,
+    WeightRenaming,
+    convert_and_load_state_dict_in_model,
+    rename_source_key,
+)
+from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.modeling_utils import LoadStateDictConfig
+from transformers.utils import logging
+
+from tsenor_cli.checkpoint.adapter.meta import meta_model
+from tsenor_cli.checkpoint.reader import Checkpoint, DiskTensor
+from tsenor_cli.errors import InputRefused
+
+_REMEDY = "use --method magnitude, which needs no calibration"
+
+
+class Skeleton:
+    """The model of a checkpoint with everything but its decoder layers in memory.
+
+    Attributes:
+        model: transformers' model; parameters of layers that are not loaded are on the meta device.
+        layers: its decoder layers, in order.
+        layer_of: the index of the decoder layer that a tensor on disk belongs to, for those that belong to one.
+
+    Raises:
+        InputRefused: no list of decoder layers can be recognised, or weights are missing on disk.
+    """
+
+    def __init__(self, checkpoint: Checkpoint) -> None:
+        self.checkpoint = checkpoint
+        self.model: PreTrainedModel = meta_model(checkpoint).eval()  # type: ignore[no-untyped-call]
+        self.layers_name, self.layers = find_layers(self.model)
+        self._mapping = get_model_conversion_mapping(self.model)
+        self.layer_of = self._assign()
+        outside = [tensor for tensor in checkpoint.tensors.values() if tensor.name not in self.layer_of]
+        self._load({tensor.name: _OnDisk(tensor) for tensor in outside})
+        self.model.tie_weights()
+        _make_buffers(self.model)
+        for name, tensor in chain(self.model.named_parameters(), self.model.named_buffers()):
+            if tensor.is_meta and not name.startswith(f"{self.layers_name}."):
+                raise InputRefused(f"{name} is not in {checkpoint.directory}", "the checkpoint is incomplete")
+
+    def tensors_of(self, index: int) -> list[DiskTensor]:
+        """The tensors on disk of one decoder layer."""
+        return [self.checkpoint.tensors[name] for name, layer in self.layer_of.items() if layer == index]
+
+    def outside_bytes(self) -> int:
+        """Bytes in memory of everything but the decoder layers."""
+        prefix = f"{self.layers_name}."
+        found = {
+            parameter.data_ptr(): parameter.nbytes
+            for name, parameter in self.model.named_parameters()
+            if not name.startswith(prefix)
+        }
+        return sum(found.values())
+
+    def load_layer(self, index: int, replaced: Mapping[str, torch.Tensor] | None = None) -> nn.Module:
+        """Bring one decoder layer into memory, some of its tensors `replaced`: name on disk → tensor as on disk."""
+        sources: dict[str, Any] = {tensor.name: _OnDisk(tensor) for tensor in self.tensors_of(index)}
+        self._load(sources | dict(replaced or {}))
+        layer = self.layers[index]
+        for name, tensor in chain(layer.named_parameters(), layer.named_buffers()):
+            if tensor.is_meta:
+                raise InputRefused(
+                    f"{self.layers_name}.{index}.{name} is not in {self.checkpoint.directory}",
+                    "the checkpoint is incomplete",
+                )
+        return layer
+
+    def drop_layer(self, index: int) -> None:
+        """Free the memory of one decoder layer; its buffers stay."""
+        for module in self.layers[index].modules():
+            for name, parameter in module.named_parameters(recurse=False):
+                setattr(module, name, nn.Parameter(parameter.to("meta"), requires_grad=False))
+
+    def _assign(self) -> dict[str, int]:
+        state = self.model.state_dict()
+        renamings = [item for item in self._mapping if isinstance(item, WeightRenaming)]
+        converters = [item for item in self._mapping if isinstance(item, WeightConverter)]
+        prefix, found = f"{self.layers_name}.", {}
+        for name in self.checkpoint.tensors:
+            key, _ = rename_source_key(name, renamings, converters, self.model.base_model_prefix, state)
+            if key in state and key.startswith(prefix):
+                found[name] = int(key.removeprefix(prefix).partition(".")[0])
+        return found
+
+    def _load(self, tensors: Mapping[str, Any]) -> None:
+        """Convert tensors and put them into the model, as `from_pretrained` does with a whole checkpoint."""
+        dtype = self.model.dtype
+        config = LoadStateDictConfig(
+            device_map={"": "cpu"},
+            dtype=dtype,
+            dtype_plan=self.model._get_dtype_plan(dtype),  # noqa: SLF001  (what from_pretrained calls)
+            weight_mapping=self._mapping,  # type: ignore[arg-type]  # what its own function gave
+        )
+        with _no_progress_bar():
+            info, _ = convert_and_load_state_dict_in_model(self.model, dict(tensors), config)
+        self.model.requires_grad_(False)  # what has just been loaded asks for gradients
+        problems = [*info.error_msgs, *map(str, info.conversion_errors.values()), *map(str, info.mismatched_keys)]
+        if problems:
+            raise InputRefused(
+                f"transformers cannot load {self.checkpoint.directory} ({problems[0].strip().splitlines()[0]})",
+                "the tensors do not fit config.json",
+            )
+
+
+class _OnDisk:
+    """Stands for a tensor until transformers asks for its values, as safetensors' slices do."""
+
+    def __init__(self, tensor: DiskTensor) -> None:
+        self._tensor = tensor
+
+    def __getitem__(self, _everything: object) -> torch.Tensor:
+        return self._tensor.read()
+
+
+def find_layers(model: PreTrainedModel) -> tuple[str, nn.ModuleList]:
+    """The list of decoder layers: of all lists that hold nothing but layers, the one with the most parameters.
+
+    Raises:
+        InputRefused: there is none, its layers share weights, or the model has an encoder and a decoder.
+    """
+    kind = type(model).__name__
+    if getattr(model.config, "is_encoder_decoder", False):
+        raise InputRefused(f"{kind} has an encoder and a decoder: it cannot be calibrated layer by layer", _REMEDY)
+    single = set(model._no_split_modules or ())  # noqa: SLF001  (the classes that must stay on one device: layers)
+    found = [
+        (sum(parameter.numel() for parameter in module.parameters()), name, module)
+        for name, module in model.named_modules()
+        if isinstance(module, nn.ModuleList)
+        and len(module)
+        and all(isinstance(item, GradientCheckpointingLayer) or type(item).__name__ in single for item in module)
+    ]
+    if not found:
+        raise InputRefused(f"{kind} has no list of layers that can be recognised", _REMEDY)
+    _, name, layers = max(found, key=lambda item: item[0])
+    if len(list(layers.parameters())) < sum(len(list(layer.parameters())) for layer in layers):
+        raise InputRefused(f"the layers of {kind} share weights: they cannot be calibrated one by one", _REMEDY)
+    return name, layers
+
+
+def _make_buffers(model: PreTrainedModel) -> None:
+    """Give buffers that are computed, not stored, their values: rotary frequencies, causal masks.
+
+    As `from_pretrained` does it, after loading: parameters that are loaded are marked and left alone, and those of the
+    layers are on the meta device, where initialising costs and changes nothing.
+    """
+    for name, buffer in list(model.named_non_persistent_buffers()):
+        owner, _, own_name = name.rpartition(".")
+        setattr(model.get_submodule(owner), own_name, torch.empty_like(buffer, device="cpu"))
+    model.initialize_weights()  # type: ignore[no-untyped-call]  # of all modules: some fill the buffers of others
+
+
+@contextmanager
+def _no_progress_bar() -> Iterator[None]:
+    """One bar for each layer would be noise."""
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()  # type: ignore[no-untyped-call]
+    try:
+        yield
+    finally:
+        if shown:
+            logging.enable_progress_bar()  # type: ignore[no-untyped-call]

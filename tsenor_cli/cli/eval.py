@@ -1,0 +1,88 @@
+"""`tsenor eval`."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from tsenor_cli.cli import console
+from tsenor_cli.cli.options import json_option, memory_budget_option, quiet_option, verbose_option
+
+if TYPE_CHECKING:
+    from tsenor_cli.calibration.perplexity import Perplexity
+
+WIKITEXT = "hf:Salesforce/wikitext:wikitext-2-raw-v1:test"
+
+
+@click.command(name="eval")
+@click.argument("model")
+@click.option(
+    "--text",
+    default=WIKITEXT,
+    show_default=True,
+    help="What to predict: .txt, .jsonl, .parquet, - for standard input, or hf:dataset[:config][:split].",
+)
+@click.option(
+    "--text-field", default="text", show_default=True, help="The field of JSON lines and tables that is text."
+)
+@click.option("--baseline", metavar="MODEL", help="Another checkpoint, with the same tokenizer, to compare with.")
+@click.option(
+    "--sequence-length",
+    type=click.IntRange(2),
+    help="Tokens of a window.  [default: the model's maximum, 2048 at most]",
+)
+@click.option("--max-windows", type=click.IntRange(1), help="Use no more than this many windows of the text.")
+@memory_budget_option
+@json_option
+@quiet_option
+@verbose_option
+def evaluate(
+    model: str,
+    baseline: str | None,
+    as_json: bool,
+    quiet: bool,
+    verbose: bool,
+    **options: Any,  # noqa: ANN401
+) -> None:
+    """Measure the perplexity of MODEL, one decoder layer in memory at a time.
+
+    The text is cut into windows that do not overlap; the first token of each is context only. Computed in the
+    checkpoint's own dtype. Prints the figure, or with --json what it depends on.
+
+    \b
+    Example: tsenor eval ./llama-sparse --text test.txt --baseline ./llama
+    """
+    bar = console.ProgressBar(quiet=quiet, verbose=verbose)
+    with console.stdout_reserved():
+        from tsenor_cli import pipeline
+
+        console.quiet_libraries(verbose=verbose)
+        try:
+            result = pipeline.evaluate(model, observer=bar, **options)
+            other = pipeline.evaluate(baseline, observer=bar, **options) if baseline is not None else None
+        finally:
+            bar.close()
+    if as_json:
+        console.emit(_json(model, result, baseline, other))
+        return
+    console.emit(_line(model, result))
+    if baseline is not None and other is not None:
+        console.emit(_line(baseline, other))
+        console.emit(f"ratio {result.perplexity / other.perplexity:.4f}")
+
+
+def _line(model: str, result: Perplexity) -> str:
+    tokens = result.tokens
+    return (
+        f"{result.perplexity:.4f}  {model}: {tokens.source}, {tokens.windows.numel()} tokens in windows of "
+        f"{tokens.windows.shape[1]}, tokenizer {tokens.tokenizer_sha256[:12]}, {result.dtype}"
+    )
+
+
+def _json(model: str, result: Perplexity, baseline: str | None, other: Perplexity | None) -> dict[str, Any]:
+    found = {"schema_version": 1, "model": model, **result.to_dict()}
+    if baseline is not None and other is not None:
+        found["baseline"] = {"model": baseline, **other.to_dict()}
+        found["ratio"] = result.perplexity / other.perplexity
+    return found

@@ -1,0 +1,111 @@
+"""Prune column by column, each time moving what is lost onto the columns that come after."""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+import torch
+
+from tsenor_cli.errors import InputRefused
+from tsenor_cli.masks.apply import apply_mask
+from tsenor_cli.masks.solution import MaskSolution, join_columns
+from tsenor_cli.pruners.base import (
+    InputStats,
+    Needs,
+    PrunedLayer,
+    SolveMask,
+    finished,
+    overflow,
+    require,
+    working_dtype,
+)
+from tsenor_cli.pruners.error import assess
+from tsenor_cli.pruners.factor import Factor, upper_factor
+
+
+class SparseGPT:
+    """score = (w_ij / U_jj)² on the weights as updated so far, a mask for every m columns (algorithm 1 of the paper).
+
+    Args:
+        damping: added to the Gram matrix's diagonal, in units of the diagonal's mean.
+        block: columns that are updated at a time from all before them: the largest multiple of m up to this, or m.
+        update: give the updated weights; otherwise the original ones with the mask that the updates led to.
+    """
+
+    citation = (
+        "Frantar, Alistarh: SparseGPT: Massive Language Models Can Be Accurately Pruned in One-Shot. ICML 2023 "
+        "(arXiv 2301.00774)"
+    )
+    needs: ClassVar[Needs] = "gram"
+
+    def __init__(self, damping: float = 0.01, block: int = 128, *, update: bool = True) -> None:
+        self.damping = damping
+        self.block = block
+        self.update = update
+
+    def prune(self, weight: torch.Tensor, solve_mask: SolveMask, stats: InputStats | None = None) -> PrunedLayer:
+        """See Pruner.prune. What `solution` sums up are scores in units of the mean squared norm of an input."""
+        stats = require(stats, self.needs, weight)
+        factor = upper_factor(stats, self.damping, solve_mask.pattern.m, working_dtype(weight))
+        columns, solutions = _sweep(weight, factor, solve_mask, self.block)
+        solution = join_columns(solutions)
+        pruned = finished(weight, columns.T, solution.mask) if self.update else apply_mask(weight, solution.mask)
+        return PrunedLayer(pruned, solution, assess(weight, solution.mask, pruned, stats, factor.damping))
+
+
+def _sweep(
+    weight: torch.Tensor, factor: Factor, solve_mask: SolveMask, block: int
+) -> tuple[torch.Tensor, list[MaskSolution[torch.Tensor]]]:
+    """The pruned weight, transposed to [in, out], and the solution of every stripe.
+
+    Algorithm 1 keeps the errors E of all columns so far, and adds -E U to the right as it goes. With D = E U the change
+    of the weight, E is D R, and what a stripe s has to be brought to is w_s + Σ_{p<s} D_p R_ps R_ss⁻¹: here each stripe
+    is brought up to date when its turn comes, from the whole blocks before it, then from the stripes of its block, and
+    every weight is written once. Within the stripe it is algorithm 1 as it stands.
+    """
+    m = solve_mask.pattern.m
+    block = max(m, block // m * m)
+    current = weight.T.to(factor.pull.dtype, copy=True, memory_format=torch.contiguous_format)
+    change = current.clone()  # rows that are done hold D, the others what they were
+    solutions = []
+    for start in range(0, len(current), block):
+        end = min(start + block, len(current))
+        current[start:end].addmm_(factor.pull[start:end, :start], change[:start])
+        for first in range(start, end, m):
+            stripe, local = slice(first, first + m), factor.local[first // m]
+            values = current[stripe].addmm_(factor.pull[stripe, start:first], change[start:first])
+            scores = (values / local.diagonal()[:, None]).square_()
+            solutions.append(_solve(solve_mask, scores.T.contiguous(), weight.dtype))
+            _finish_stripe(values, solutions[-1].mask.T.contiguous(), local, weight.dtype)
+            change[stripe] -= values
+    return current, solutions
+
+
+def _solve(solve_mask: SolveMask, scores: torch.Tensor, dtype: torch.dtype) -> MaskSolution[torch.Tensor]:
+    """The weights were finite at first: scores that are not come from values that have left the dtype."""
+    try:
+        return solve_mask(scores)
+    except InputRefused:
+        if bool(torch.isfinite(scores).all()):
+            raise
+        raise overflow(dtype) from None
+
+
+def _finish_stripe(values: torch.Tensor, keep: torch.Tensor, local: torch.Tensor, dtype: torch.dtype) -> None:
+    """Give the columns of a stripe their last values, one after the other.
+
+    They are rounded here, not at the end, so that later columns make up for the rounding as well.
+
+    Args:
+        values: [m, out], changed in place.
+        keep: bool [m, out].
+        local: U [m, m] of the stripe, upper triangular.
+        dtype: what to round to.
+    """
+    errors, diagonal = torch.empty_like(values), local.diagonal().tolist()
+    for j, (column, kept) in enumerate(zip(values, keep, strict=True)):
+        if j:
+            column.addmv_(errors[:j].T, local[:j, j], alpha=-1)
+        rounded = (column * kept).to(dtype)
+        torch.sub(column, rounded, out=errors[j]).div_(diagonal[j])
+        column.copy_(rounded)

@@ -1,0 +1,30 @@
+"""Keep the weights that matter most for the output if each is taken alone."""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+import torch
+
+from tsenor_cli.masks.apply import apply_mask
+from tsenor_cli.pruners.base import Calibrated, InputStats, Needs, PrunedLayer, SolveMask, require, working_dtype
+
+
+class Wanda:
+    """score = |w_ij|·‖x_j‖₂ (equation 1 of the paper), no update."""
+
+    citation = (
+        "Sun, Liu, Bair, Kolter: A Simple and Effective Pruning Approach for Large Language Models. ICLR 2024 "
+        "(arXiv 2306.11695)"
+    )
+    needs: ClassVar[Needs] = "norms"
+
+    def prune(self, weight: torch.Tensor, solve_mask: SolveMask, stats: InputStats | None = None) -> PrunedLayer:
+        """See Pruner.prune. Inputs that calibration never saw leave nothing to choose by but magnitude."""
+        stats = require(stats, self.needs, weight)
+        norms = stats.squared_norms.sqrt()
+        largest = norms.max()
+        scale = norms / largest if largest > 0 else torch.ones_like(norms)  # of size 1, whatever the inputs' unit
+        dtype = working_dtype(weight)
+        solution = solve_mask(weight.to(dtype) * scale.to(dtype), absolute=True)
+        return PrunedLayer(apply_mask(weight, solution.mask), solution, Calibrated(stats.tokens))
