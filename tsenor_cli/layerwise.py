@@ -66,6 +66,7 @@ class Layerwise:
         records: dict[str, TensorRecord] = {}
         last = max(item.layer for item in self._plan.tensors if item.calibrated and item.layer is not None)
         with Replay(skeleton, batches(windows), spill_to) as replay:
+            skeleton.drop_outside()  # embeddings have been looked up, and the head is not needed
             for index in range(last + 1):
                 self._observer.entered(f"layer {index + 1} of {len(skeleton.layers)}")
                 items = [item for item in self._plan.pruned if item.layer == index]

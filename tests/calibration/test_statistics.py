@@ -108,3 +108,39 @@ def test_only_what_is_asked_for_is_seen():
     with torch.no_grad(), collector.watching():
         collector._model(noise(4, 8))
     assert set(collector.results()) == {SITES["o"]}
+
+
+class Counted(nn.Module):
+    """Two modules, and something after them that costs; the second is called `times`."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Linear(8, 8), nn.Linear(8, 8)
+        self.times, self.ends = 1, 0
+
+    def forward(self, x):
+        y = self.a(x)
+        for _ in range(self.times):
+            y = self.b(y)
+        self.ends += 1
+        return y
+
+
+@pytest.mark.parametrize(("times", "ends"), [(1, 1), (2, 3)])
+def test_a_pass_ends_when_all_is_seen(times, ends):
+    block = Counted()
+    block.times = times
+    collector = Collector(block, [Site("a"), Site("b")], gram=False)
+    for seed in range(3):
+        with torch.no_grad(), collector.watching():
+            block(noise(4, 8, seed=seed))
+    assert block.ends == ends  # called twice, a module may be called again
+    stats = collector.results()
+    assert stats[Site("a")].tokens == 12
+    assert stats[Site("b")].tokens == 12 * times
+
+
+def test_other_errors_are_not_swallowed():
+    collector = Collector(Counted(), [Site("a")], gram=False)
+    with pytest.raises(RuntimeError, match="shapes"), torch.no_grad(), collector.watching():
+        collector._model(noise(4, 7))

@@ -7,8 +7,9 @@ set of statistics.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from functools import partial
 from typing import Any
 
@@ -63,6 +64,10 @@ def _column_blocks(features: int) -> Iterator[tuple[int, int]]:
     return ((first, min(first + width, features)) for first in range(0, features, width))
 
 
+class _AllSeenError(Exception):
+    """Not a failure: the rest of the pass would be for nothing."""
+
+
 class Collector:
     """Statistics of the inputs of some sites of a model while it runs.
 
@@ -79,10 +84,15 @@ class Collector:
         self._sums: dict[Site, Accumulator] = {}
         self.leaders: dict[Site, Site] = {}  # of several sites that are given the same tensor, the first
         self._given: list[tuple[torch.Tensor, int, Site]] = []  # in one pass: tensor, version, leader
+        self._calls: Counter[Site] = Counter()  # of hooked modules, in one pass
+        self._can_stop = False
 
     @contextmanager
     def watching(self) -> Iterator[None]:
-        """Watch one pass of one batch."""
+        """Watch one pass of one batch, and end it early when nothing is left to see.
+
+        That is known from the first pass, which runs to its end: every module is called once.
+        """
         with ExitStack() as stack:
             for site in self._sites:
                 if not site.fused:
@@ -94,8 +104,11 @@ class Collector:
                 from tsenor_cli.checkpoint.adapter.experts import watched_experts
 
                 stack.enter_context(watched_experts(self._model, partial(self._expert_given, fused)))
-            yield
+            with suppress(_AllSeenError):
+                yield
+        self._can_stop = not fused and set(self._calls) == self._sites and set(self._calls.values()) == {1}
         self._given.clear()  # the next pass brings new tensors
+        self._calls.clear()
 
     def results(self) -> dict[Site, InputStats]:
         """The statistics of every site that was given any token; sites with the same input have the same object."""
@@ -114,6 +127,9 @@ class Collector:
         if leader is site:
             self._given.append((inputs, version, site))
             self._add(site, inputs)
+        self._calls[site] += 1
+        if self._can_stop and len(self._calls) == len(self._sites):
+            raise _AllSeenError
 
     def _expert_given(
         self, names: dict[nn.Module, str], module: nn.Module, parameter: str, expert: int, inputs: torch.Tensor

@@ -186,3 +186,13 @@ def test_progress_bars_of_transformers_are_as_before(checkpoint_of):
     shown = logging.is_progress_bar_enabled()
     skeleton_of(checkpoint_of("llama"))
     assert logging.is_progress_bar_enabled() == shown
+
+
+def test_everything_outside_can_be_dropped(tmp_path):
+    skeleton = Skeleton(open_checkpoint(make_checkpoint("llama", tmp_path / "model")))
+    skeleton.load_layer(1)
+    skeleton.drop_outside()
+    live = {name for name, parameter in skeleton.model.named_parameters() if not parameter.is_meta}
+    assert live
+    assert all(name.startswith("model.layers.1.") for name in live)
+    assert not any(buffer.is_meta for buffer in skeleton.model.buffers())

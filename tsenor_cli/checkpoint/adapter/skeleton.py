@@ -89,8 +89,14 @@ class Skeleton:
     def drop_layer(self, index: int) -> None:
         """Free the memory of one decoder layer; its buffers stay."""
         for module in self.layers[index].modules():
-            for name, parameter in module.named_parameters(recurse=False):
-                setattr(module, name, nn.Parameter(parameter.to("meta"), requires_grad=False))
+            _drop(module)
+
+    def drop_outside(self) -> None:
+        """Free everything but the decoder layers, for good: only layers can run from now on."""
+        inside = set(self.layers.modules())
+        for module in self.model.modules():
+            if module not in inside:
+                _drop(module)
 
     def _assign(self) -> dict[str, int]:
         state = self.model.state_dict()
@@ -121,6 +127,12 @@ class Skeleton:
                 f"transformers cannot load {self.checkpoint.directory} ({problems[0].strip().splitlines()[0]})",
                 "the tensors do not fit config.json",
             )
+
+
+def _drop(module: nn.Module) -> None:
+    """Move the parameters of a module itself to the meta device."""
+    for name, parameter in module.named_parameters(recurse=False):
+        setattr(module, name, nn.Parameter(parameter.to("meta"), requires_grad=False))
 
 
 class _OnDisk:
