@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -124,7 +124,7 @@ def verify(
 
 
 def evaluate(
-    model: str,
+    models: Sequence[str],
     text: str,
     *,
     field: str = "text",
@@ -132,16 +132,23 @@ def evaluate(
     max_windows: int | None = None,
     memory_budget: int | None = None,
     observer: Observer | None = None,
-) -> Perplexity:
-    """Perplexity of a checkpoint on a text, one decoder layer in memory at a time (see calibration/perplexity.py).
+) -> list[Perplexity]:
+    """Perplexity of checkpoints on a text, one decoder layer in memory at a time (see calibration/perplexity.py).
+
+    All of them see the same tokens, those of the first one's tokenizer.
 
     Raises:
-        UsageError, InputRefused: the text or the checkpoint cannot be used.
-        TsenorError: the loss is not finite.
+        UsageError: their tokenizers differ, so that figures would say nothing; or the text cannot be one.
+        InputRefused: the text or a checkpoint cannot be used.
+        TsenorError: a loss is not finite.
     """
-    checkpoint = open_checkpoint(*resolve_checkpoint(model))
-    tokens = _text_tokens(checkpoint, text, field, sequence_length, max_windows)
-    return _measure(checkpoint, tokens, observer or Observer(), memory_budget)
+    from tsenor_cli.checkpoint.adapter.tokenizer import CheckpointTokenizer
+
+    checkpoints = [open_checkpoint(*resolve_checkpoint(model)) for model in models]
+    if len({CheckpointTokenizer(checkpoint.directory).fingerprint for checkpoint in checkpoints}) > 1:
+        raise UsageError("the tokenizers of these models differ: perplexities cannot be compared", "give one model")
+    tokens = _text_tokens(checkpoints[0], text, field, sequence_length, max_windows)
+    return [_measure(checkpoint, tokens, observer or Observer(), memory_budget) for checkpoint in checkpoints]
 
 
 def _text_tokens(
@@ -223,6 +230,8 @@ def _check_methods(spec: PruneSpec) -> None:
         raise UsageError(
             "--calibration is given, and no method needs it", "choose one with --method, such as sparsegpt"
         )
+    if spec.calibration is not None and spec.calibration.source.startswith("-") and spec.eval_text in {"-", "-:jsonl"}:
+        raise UsageError("--calibration and --eval both ask for standard input", "give one of them a file")
     if not spec.update and spec.methods.isdisjoint(UPDATING):
         raise UsageError("--no-update: no method changes weights", f"it is for {' and '.join(sorted(UPDATING))}")
 

@@ -13,7 +13,7 @@ from checkpoints import ARCHITECTURES, add_tokenizer, make_checkpoint, read_shar
 from tsenor_cli.calibration.perplexity import measure_perplexity
 from tsenor_cli.calibration.tokens import TextTokens
 from tsenor_cli.checkpoint.reader import open_checkpoint
-from tsenor_cli.errors import InputRefused, TsenorError
+from tsenor_cli.errors import InputRefused, TsenorError, UsageError
 from tsenor_cli.observer import Observer
 from tsenor_cli.pipeline import evaluate
 
@@ -61,13 +61,24 @@ def test_an_encoder_has_none(tmp_path):
         measure(make_checkpoint("bert", tmp_path / "model"), windows(2, 8))
 
 
+def test_models_with_other_tokenizers_are_not_compared(tmp_path):
+    models = [add_tokenizer(make_checkpoint("llama", tmp_path / name)) for name in "ab"]
+    (tmp_path / "a.txt").write_text("the quick brown fox jumps over the lazy dog " * 10)
+    first, second = evaluate([str(model) for model in models], str(tmp_path / "a.txt"))
+    assert first == second
+    tokenizer = models[1] / "tokenizer.json"
+    tokenizer.write_text(tokenizer.read_text().replace('"a"', '"ä"'))
+    with pytest.raises(UsageError, match="tokenizers of these models differ"):
+        evaluate([str(model) for model in models], str(tmp_path / "a.txt"))
+
+
 def test_from_a_text_on(tmp_path):
     """One letter is one token here, so windows are pieces of the text."""
     directory = add_tokenizer(make_checkpoint("llama", tmp_path / "model"))
     (tmp_path / "a.txt").write_text("the quick brown fox jumps over the lazy dog " * 10)
-    found = evaluate(str(directory), str(tmp_path / "a.txt"), sequence_length=44, max_windows=3)
+    (found,) = evaluate([str(directory)], str(tmp_path / "a.txt"), sequence_length=44, max_windows=3)
     assert found.tokens.windows.shape == (3, 44)
     assert torch.equal(found.tokens.windows[0], found.tokens.windows[2])
     assert found.to_dict()["source"] == str(tmp_path / "a.txt")
-    usual = evaluate(str(directory), str(tmp_path / "a.txt"))
+    (usual,) = evaluate([str(directory)], str(tmp_path / "a.txt"))
     assert usual.tokens.windows.shape[1] == 64  # the model's maximum

@@ -19,7 +19,7 @@ import torch
 from tsenor_cli.calibration.text import Piece, read_pieces
 from tsenor_cli.errors import InputRefused, UsageError
 
-OVERSAMPLING = 16  # windows are drawn from so many times as many, if the text has them
+OVERSAMPLING = 4  # windows are drawn from so many times as many, if the text has them
 _TOGETHER, _CHARACTERS = 64, 2**20  # pieces that are tokenised in one call: at most the first, or some more of these
 
 

@@ -24,7 +24,7 @@ WIKITEXT = "hf:Salesforce/wikitext:wikitext-2-raw-v1:test"
     help="What to predict: .txt, .jsonl, .parquet, - for standard input, or hf:dataset[:config][:split].",
 )
 @click.option(
-    "--text-field", default="text", show_default=True, help="The field of JSON lines and tables that is text."
+    "--text-field", "field", default="text", show_default=True, help="The field of JSON lines and tables that is text."
 )
 @click.option("--baseline", metavar="MODEL", help="Another checkpoint, with the same tokenizer, to compare with.")
 @click.option(
@@ -59,17 +59,22 @@ def evaluate(
 
         console.quiet_libraries(verbose=verbose)
         try:
-            result = pipeline.evaluate(model, observer=bar, **options)
-            other = pipeline.evaluate(baseline, observer=bar, **options) if baseline is not None else None
+            models = [model] if baseline is None else [model, baseline]
+            results = list(zip(models, pipeline.evaluate(models, observer=bar, **options), strict=True))
         finally:
             bar.close()
     if as_json:
-        console.emit(_json(model, result, baseline, other))
+        console.emit(_json(results))
         return
-    console.emit(_line(model, result))
-    if baseline is not None and other is not None:
-        console.emit(_line(baseline, other))
-        console.emit(f"ratio {result.perplexity / other.perplexity:.4f}")
+    for name, result in results:
+        console.emit(_line(name, result))
+    if baseline is not None:
+        console.emit(f"ratio {_ratio(results):.4f}")
+
+
+def _ratio(results: list[tuple[str, Perplexity]]) -> float:
+    (_, result), (_, baseline) = results
+    return result.perplexity / baseline.perplexity
 
 
 def _line(model: str, result: Perplexity) -> str:
@@ -80,9 +85,7 @@ def _line(model: str, result: Perplexity) -> str:
     )
 
 
-def _json(model: str, result: Perplexity, baseline: str | None, other: Perplexity | None) -> dict[str, Any]:
-    found = {"schema_version": 1, "model": model, **result.to_dict()}
-    if baseline is not None and other is not None:
-        found["baseline"] = {"model": baseline, **other.to_dict()}
-        found["ratio"] = result.perplexity / other.perplexity
-    return found
+def _json(results: list[tuple[str, Perplexity]]) -> dict[str, Any]:
+    model, *baseline = [{"model": name, **result.to_dict()} for name, result in results]
+    found = {"schema_version": 1, **model}
+    return found | {"baseline": baseline[0], "ratio": _ratio(results)} if baseline else found

@@ -9,7 +9,11 @@ from typing import Any
 import click
 
 Command = Callable[..., Any]
-_UNITS = {"": 1, **{unit + suffix: 1024**power for power, unit in enumerate("KMGT", 1) for suffix in ("", "B", "iB")}}
+_UNITS = {
+    "": 1,
+    "B": 1,
+    **{unit + suffix: 1024**power for power, unit in enumerate("KMGT", 1) for suffix in ("", "B", "iB")},
+}
 
 
 class Size(click.ParamType[int]):
