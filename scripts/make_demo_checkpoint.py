@@ -3,8 +3,9 @@
 
     scripts/make_demo_checkpoint.py [OUT]
 
-OUT receives `checkpoint/`, an ordinary Hugging Face checkpoint in several shards, and `eval.txt`, text the
-model has not seen. Without OUT both go to the cache, where the next call finds them. Prints the folder.
+OUT receives `checkpoint/`, an ordinary Hugging Face checkpoint in several shards, `eval.txt`, text the model has not
+seen, and `calibration.jsonl`, some of the text it has. Without OUT they go to the cache, where the next call finds
+them. Prints the folder.
 The text is on every machine that has Python, so nothing is downloaded.
 """
 
@@ -12,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import hashlib
+import json
 import math
 import os
 import platform
@@ -29,6 +31,7 @@ import transformers
 PACKAGES = ("asyncio", "collections", "concurrent", "email", "http", "importlib", "json", "logging", "multiprocessing")
 PACKAGES += ("unittest", "urllib", "wsgiref", "xml", "xmlrpc", "zoneinfo")
 HELD_OUT_EVERY = 40  # one file of so many is kept for eval.txt
+CALIBRATE_EVERY = 5  # one of so many of the others is put into calibration.jsonl
 
 VOCABULARY = 2048
 END_OF_TEXT = "<|endoftext|>"
@@ -114,6 +117,8 @@ def fill(folder: Path) -> None:
     model.to(torch.bfloat16).save_pretrained(folder / "checkpoint", max_shard_size=MAX_SHARD_BYTES)
     tokenizer.save_pretrained(folder / "checkpoint")
     (folder / "eval.txt").write_text("\n".join(held_out), encoding="utf-8")
+    seen = "".join(json.dumps({"text": text}) + "\n" for text in training[::CALIBRATE_EVERY])
+    (folder / "calibration.jsonl").write_text(seen, encoding="utf-8")
 
 
 def texts() -> tuple[list[str], list[str]]:

@@ -4,7 +4,7 @@
     scripts/measure_memory.py [--gib 4] [--shapes 8b] [--nm 2:4] [--limit-mib 1536] [--hold-bound] [PRUNE OPTION...]
     scripts/measure_memory.py --gib 3 --shapes 1.5b --hold-bound --method sparsegpt --samples 32
 
-Makes a random bf16 checkpoint with the shapes of Llama 3 8B, or of a model of a fifth of its size, copies it with
+Makes a random bf16 checkpoint with the shapes of Llama 3 8B, or of smaller models, copies it with
 fsync for comparison, and prunes it in a fresh process. With a calibrated method it gets a tokenizer and a text.
 Memory is counted above what the process held once everything was imported, and compared with what --dry-run said.
 The first run after a change compiles kernels too, the second takes them from the cache. Linux only.
@@ -47,7 +47,7 @@ class Shapes(NamedTuple):
     heads: int
 
 
-SHAPES = {"8b": Shapes(4096, 14336, 1024, 32), "1.5b": Shapes(2048, 8192, 512, 16)}
+SHAPES = {"8b": Shapes(4096, 14336, 1024, 32), "1.5b": Shapes(2048, 8192, 512, 16), "0.5b": Shapes(1024, 4096, 256, 16)}
 
 
 def main() -> None:

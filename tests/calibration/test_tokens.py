@@ -76,8 +76,8 @@ def test_windows_are_drawn_without_repeating(tmp_path):
     assert starts == sorted(set(starts))
     assert all(start % 8 == 0 for start in starts)
     assert max(starts) < 8 * 20 * module.OVERSAMPLING
-    assert max(starts) > 8 * 20 * 8  # and not only from the beginning
-    assert starts[:4] == [8, 56, 728, 936]  # the same on every machine, for ever
+    assert max(starts) > 8 * 20 * 2  # and not only from the beginning
+    assert starts[:4] == [8, 16, 24, 56]  # the same on every machine, for ever
 
 
 def test_a_short_text_gives_what_it_has(tmp_path):
@@ -151,9 +151,9 @@ def positions(tokens):
 
 def test_the_windows_of_a_seed(tmp_path):
     """By Algorithm R worked out apart from the package; Python promises that random() never changes."""
-    source = numbered(tmp_path, 50)
-    assert positions(calibration_windows(source, Letters(), samples=5, length=4, seed=0)) == [1, 8, 10, 30, 45]
-    assert positions(calibration_windows(source, Letters(), samples=5, length=4, seed=1)) == [3, 8, 10, 13, 40]
+    source = numbered(tmp_path, 20)
+    assert positions(calibration_windows(source, Letters(), samples=5, length=4, seed=0)) == [0, 1, 8, 10, 12]
+    assert positions(calibration_windows(source, Letters(), samples=5, length=4, seed=1)) == [3, 8, 10, 13, 18]
 
 
 def test_every_window_is_as_likely_as_any_other(tmp_path):
@@ -168,7 +168,7 @@ def test_every_window_is_as_likely_as_any_other(tmp_path):
     assert all(abs(count - 500) < 116 for count in counts.values())
 
 
-def test_windows_are_drawn_from_sixteen_times_as_many(tmp_path):
+def test_windows_are_drawn_from_four_times_as_many(tmp_path):
     found = set()
     source = numbered(tmp_path, 2 * module.OVERSAMPLING + 50)
     for seed in range(300):
