@@ -23,7 +23,7 @@ from typing import IO, Any, AnyStr, NamedTuple, cast
 
 from tsenor_cli.errors import InputRefused, UsageError
 
-_PIECE = 2**20  # bytes of a file or characters of a row; as many again to find a line end
+_PIECE = 2**17  # bytes of a file or characters of a row; as many again to find a line end
 _LINE_BYTES = 2**26  # of a line of JSON
 _TABLE_ROWS = 256  # in memory at a time
 _STANDARD_INPUT = {"-": "text", "-:jsonl": "lines"}
@@ -39,7 +39,7 @@ class Piece(NamedTuple):
 
 
 def read_pieces(source: str, field: str = "text") -> Iterator[Piece]:
-    """The pieces of a source (see above), of two million characters at most, cut at line ends where there are any.
+    """The pieces of a source (see above), of 2^18 characters at most, cut at line ends where there are any.
 
     Standard input is closed afterwards: whoever asks for it a second time must not get the rest.
 

@@ -20,7 +20,8 @@ from tsenor_cli.calibration.text import Piece, read_pieces
 from tsenor_cli.errors import InputRefused, UsageError
 
 OVERSAMPLING = 4  # windows are drawn from so many times as many, if the text has them
-_TOGETHER, _CHARACTERS = 64, 2**20  # pieces that are tokenised in one call: at most the first, or some more of these
+# Pieces that are tokenised in one call: at most the first, or some more of these. Tokenisers take 100 bytes a token.
+_TOGETHER, _CHARACTERS = 64, 2**17
 
 
 class Tokenizer(Protocol):
