@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -38,16 +38,22 @@ def make_weight(out: int, features: int, dtype: torch.dtype = torch.float32, see
 
 
 def stats_of(inputs: torch.Tensor) -> InputStats:
-    gram = inputs.double().T @ inputs.double()
-    return InputStats(len(inputs), gram.diagonal().clone(), gram)
+    return replace(stats_from(inputs.double().T @ inputs.double()), tokens=len(inputs))
 
 
 def stats_from(gram: torch.Tensor) -> InputStats:
-    return InputStats(1, gram.diagonal().clone(), gram)
+    """Statistics with a copy of this Gram matrix, of which nobody can read what stands below the diagonal."""
+    hidden = torch.ones_like(gram, dtype=torch.bool).tril(-1)
+    return InputStats(1, gram.diagonal().clone(), gram.masked_fill(hidden, torch.nan))
+
+
+def symmetric(gram: torch.Tensor) -> torch.Tensor:
+    """The whole of a Gram matrix, from its upper triangle."""
+    return gram.triu() + gram.triu(1).T
 
 
 def damped(gram: torch.Tensor, damping: float) -> torch.Tensor:
-    return gram + damping * gram.diagonal().mean() * torch.eye(len(gram), dtype=torch.float64)
+    return symmetric(gram) + damping * gram.diagonal().mean() * torch.eye(len(gram), dtype=torch.float64)
 
 
 def least_squares(weight: torch.Tensor, mask: torch.Tensor, inputs: torch.Tensor, damping: float = 0.0) -> torch.Tensor:
@@ -63,5 +69,5 @@ def least_squares(weight: torch.Tensor, mask: torch.Tensor, inputs: torch.Tensor
 
 def loss(weight: torch.Tensor, pruned: torch.Tensor, gram: torch.Tensor) -> float:
     """tr((W - W') G (W - W')ᵀ), row by row."""
-    difference = weight.double() - pruned.double()
+    difference, gram = weight.double() - pruned.double(), symmetric(gram)
     return sum(float(row @ gram @ row) for row in difference)

@@ -48,13 +48,9 @@ class Accumulator:
             self._gram[:last, first:last] += x[:, :last].T @ x[:, first:last]
 
     def result(self) -> InputStats:
-        """The statistics; the Gram matrix is symmetric to the bit. Nothing can be added any more."""
+        """The statistics, with the upper triangle of the Gram matrix. Nothing can be added any more."""
         if self._gram is None:
             return InputStats(self.tokens, self._squares)
-        for first, last in _column_blocks(len(self._gram)):
-            self._gram[first:last, :first] = self._gram[:first, first:last].T
-            corner = self._gram[first:last, first:last]
-            corner.copy_(corner.triu() + corner.triu(1).T)
         return InputStats(self.tokens, self._gram.diagonal().clone(), self._gram)
 
 

@@ -12,7 +12,7 @@ from typing import NamedTuple
 import torch
 
 from tsenor_cli.masks.solution import MaskSolution
-from tsenor_cli.pruners.base import SolveMask
+from tsenor_cli.pruners.base import SolveMask, bands, multiply
 
 _CHECK_EVERY = 3  # iterations
 _SETTLED_AFTER = 30  # iterations, if no larger share of the mask changes than this:
@@ -43,14 +43,15 @@ def search_mask(
         limit: the most iterations.
     """
     penalty, kept = _Penalty(), max(1, int(first.mask.count_nonzero()))
-    shrink = _shrinkage(matrix, penalty.rho)
-    copy, dual = weight * first.mask, torch.zeros_like(weight)
+    shrinkage = _Shrinkage(matrix)
+    shrink = shrinkage.at(penalty.rho)
+    copy, dual = multiply(weight, first.mask, out=torch.empty_like(weight)), torch.zeros_like(weight)
     change, seen, iteration = torch.zeros_like(weight), first.mask, 0
     for iteration in range(1, limit + 1):
-        change = copy.sub_(dual).sub_(weight) @ shrink
+        torch.mm(copy.sub_(dual).sub_(weight), shrink, out=change)
         total = dual.add_(weight).add_(change)
-        mask = solve_mask(total.square()).mask
-        copy = total * mask
+        mask = solve_mask(torch.mul(total, total, out=copy)).mask  # the scores, where there was no use for the copy
+        multiply(total, mask, out=copy)
         dual = total.sub_(copy)
         if iteration % _CHECK_EVERY:
             continue
@@ -60,11 +61,12 @@ def search_mask(
             break
         before = penalty.rho
         if penalty.adapt(moved):
-            copy, dual = weight * first.mask, torch.zeros_like(weight)
+            multiply(weight, first.mask, out=copy)
+            dual.zero_()
         dual.mul_(before / penalty.rho)  # V itself stays
-        shrink = _shrinkage(matrix, penalty.rho)
-    solution = solve_mask((weight + change).square())
-    return Found(solution, torch.where(solution.mask, change, -weight), iteration)
+        shrink = shrinkage.at(penalty.rho)
+    solution = solve_mask(torch.add(weight, change, out=copy).square_())
+    return Found(solution, torch.where(solution.mask, change, torch.neg(weight, out=copy)), iteration)
 
 
 @dataclass
@@ -86,12 +88,26 @@ class _Penalty:
         return False
 
 
-def _shrinkage(matrix: torch.Tensor, rho: float) -> torch.Tensor:
-    """ρ (H + ρI)⁻¹ [in, in], in place in one float64 copy."""
-    work = matrix.to(torch.float64, copy=True)
-    work.diagonal().add_(rho)
-    failed_at = torch.empty((), dtype=torch.int32)
-    torch.linalg.cholesky_ex(work.mT, out=(work.mT, failed_at))  # of rows that LAPACK takes for columns
-    assert int(failed_at) == 0, "H is positive definite"
-    torch.cholesky_inverse(work.mT, out=work.mT)
-    return work.mul_(rho).to(matrix.dtype)
+class _Shrinkage:
+    """ρ (H + ρI)⁻¹ for one ρ at a time, in the storage of a single float64 matrix."""
+
+    def __init__(self, matrix: torch.Tensor) -> None:
+        self._matrix = matrix
+        self._work = torch.empty_like(matrix, dtype=torch.float64)
+
+    def at(self, rho: float) -> torch.Tensor:
+        """[in, in], of the dtype of H; good until the next call."""
+        work, failed_at = self._work.copy_(self._matrix), torch.empty((), dtype=torch.int32)
+        work.diagonal().add_(rho)
+        torch.linalg.cholesky_ex(work.mT, out=(work.mT, failed_at))  # of rows that LAPACK takes for columns
+        assert int(failed_at) == 0, "H is positive definite"
+        torch.cholesky_inverse(work.mT, out=work.mT)
+        return _packed(work.mul_(rho), self._matrix.dtype)
+
+
+def _packed(work: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """float64 `work` [n, n] as `dtype`, in the front part of its own storage, which what is read is always ahead of."""
+    packed = work.view(-1).view(dtype)[: work.numel()].view_as(work)
+    for rows in bands(len(work)):
+        packed[rows] = work[rows].to(dtype, copy=True)
+    return packed

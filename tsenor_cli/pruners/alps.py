@@ -9,9 +9,18 @@ import torch
 from tsenor_cli.masks.apply import apply_mask
 from tsenor_cli.masks.solution import MaskSolution
 from tsenor_cli.pruners.admm import search_mask
-from tsenor_cli.pruners.base import InputStats, Needs, PrunedLayer, SolveMask, finished, require, working_dtype
+from tsenor_cli.pruners.base import (
+    InputStats,
+    Needs,
+    PrunedLayer,
+    SolveMask,
+    bands,
+    finished,
+    require,
+    working_dtype,
+)
 from tsenor_cli.pruners.error import assess
-from tsenor_cli.pruners.factor import correlations
+from tsenor_cli.pruners.factor import Correlations, correlations
 from tsenor_cli.pruners.support import loss_of, refit
 
 
@@ -38,26 +47,40 @@ class Alps:
     def prune(self, weight: torch.Tensor, solve_mask: SolveMask, stats: InputStats | None = None) -> PrunedLayer:
         """See Pruner.prune. The damped output error is never above that of the mask for W_ij² H_jj alone."""
         stats = require(stats, self.needs, weight)
-        wide = weight.to(working_dtype(weight))
-        problem = correlations(stats, self.damping, wide.dtype)
-        solution, change = self._solve(wide * problem.scale, problem.matrix, solve_mask)
-        if self.update:
-            pruned = finished(weight, change.div_(problem.scale).add_(wide), solution.mask)
-        else:
-            pruned = apply_mask(weight, solution.mask)
+        problem = correlations(stats, self.damping, working_dtype(weight))
+        pruned, solution = self._prune(weight, problem, solve_mask)
         return PrunedLayer(pruned, solution, assess(weight, solution.mask, pruned, stats, problem.damping))
+
+    def _prune(
+        self, weight: torch.Tensor, problem: Correlations, solve_mask: SolveMask
+    ) -> tuple[torch.Tensor, MaskSolution[torch.Tensor]]:
+        wide = weight.to(problem.scale.dtype, copy=True, memory_format=torch.contiguous_format).mul_(problem.scale)
+        solution, change = self._solve(wide, problem.matrix, solve_mask)
+        if not self.update:
+            return apply_mask(weight, solution.mask), solution
+        change.div_(problem.scale)
+        for rows in bands(len(weight)):
+            change[rows] += weight[rows]
+        return finished(weight, change, solution.mask), solution
 
     def _solve(
         self, weight: torch.Tensor, matrix: torch.Tensor, solve_mask: SolveMask
     ) -> tuple[MaskSolution[torch.Tensor], torch.Tensor]:
         """The mask and the change of the weight, in the coordinates of the matrix, as are all arguments."""
         first = solve_mask(weight.square())
-        guess = torch.where(first.mask, 0.0, -weight)
         found = search_mask(weight, matrix, first, solve_mask, self.iterations)
         if not self.update:
-            alone = torch.where(found.solution.mask, 0.0, -weight)
-            return min((first, guess), (found.solution, alone), key=lambda pair: loss_of(pair[1], matrix))
-        change, loss = refit(found.change, found.solution.mask, matrix)
+            choices = (first, found.solution)
+            solution = min(choices, key=lambda choice: loss_of(_dropped(weight, choice.mask), matrix))
+            return solution, _dropped(weight, solution.mask)
+        loss = refit(found.change, found.solution.mask, matrix)
+        guess = _dropped(weight, first.mask)
         if loss <= loss_of(guess, matrix):
-            return found.solution, change
-        return first, refit(guess, first.mask, matrix)[0]
+            return found.solution, found.change
+        refit(guess, first.mask, matrix)
+        return first, guess
+
+
+def _dropped(weight: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+    """The change of the weight that the mask alone makes."""
+    return apply_mask(weight, ~mask).neg_()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Hashable
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal, Protocol, TypeVar, cast
@@ -12,10 +13,12 @@ from tsenor_cli.errors import InputRefused, TsenorError, UsageError
 from tsenor_cli.masks.apply import apply_mask
 from tsenor_cli.masks.solution import MaskSolution
 from tsenor_cli.masks.solve import solve_mask
+from tsenor_cli.pruners.gram import is_finite
 from tsenor_cli.specs import NMPattern
 
 T = TypeVar("T")
 Needs = Literal["nothing", "norms", "gram"]  # what a method wants to know of the inputs: see InputStats
+_BAND = 128
 
 
 class SolveMask(Protocol):
@@ -61,12 +64,13 @@ class InputStats:
     """What calibration saw of the input x [tokens, in] of one linear map.
 
     Weights with the same input (q, k and v) share one object, and with it what was computed of it once. It can hold
-    several matrices [in, in] after the first weight: drop it after the last.
+    more matrices [in, in] after the first weight: drop it after the last. The Gram matrix belongs to the object: only
+    its upper triangle, diagonal included, is read, and stays as it is; pruners write into the lower one.
     """
 
     tokens: int
     squared_norms: torch.Tensor  # float64 [in], Σ over tokens of x_j²
-    gram: torch.Tensor | None = None  # float64 [in, in], Σ over tokens of x xᵀ; None unless the method needs it
+    gram: torch.Tensor | None = None  # float64 [in, in], Σ over tokens of x xᵀ, see above; None if no method needs it
     _computed: dict[Hashable, Any] = field(default_factory=dict, init=False, repr=False)
 
     def once(self, key: Hashable, compute: Callable[[], T]) -> T:
@@ -150,7 +154,7 @@ def require(stats: InputStats | None, needs: Needs, weight: torch.Tensor) -> Inp
             f"statistics of {found.shape[-1]} inputs do not fit a weight of shape {tuple(weight.shape)}",
             "give those of the input of this very weight, [out, in]",
         )
-    if not stats.once(("finite", needs), lambda: bool(torch.isfinite(found.sum()))):  # a sum is finite only if all are
+    if not stats.once(("finite", needs), lambda: is_finite(found) if needs == "gram" else bool(found.isfinite().all())):
         raise InputRefused(
             "the inputs seen in calibration are infinite or not a number",
             "the model overflows on this text: use other text, or --method magnitude",
@@ -159,7 +163,7 @@ def require(stats: InputStats | None, needs: Needs, weight: torch.Tensor) -> Inp
 
 
 def gram_of(stats: InputStats) -> torch.Tensor:
-    """The Gram matrix of statistics that have one."""
+    """The Gram matrix of statistics that have one: float64 [in, in], its upper triangle. See gram.py to read it."""
     assert stats.gram is not None, "require() asks for it"
     return stats.gram
 
@@ -169,6 +173,23 @@ def working_dtype(weight: torch.Tensor) -> torch.dtype:
     return torch.promote_types(weight.dtype, torch.float32)
 
 
+def bands(rows: int) -> list[slice]:
+    """A few rows at a time, for what would take a temporary tensor: also where dtypes differ, as torch casts first."""
+    return [slice(first, first + _BAND) for first in range(0, rows, _BAND)]
+
+
+def multiply(values: torch.Tensor, mask: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
+    """`values` times a mask, both [out, in], into `out`, which may be `values`; returned."""
+    for rows in bands(len(values)):
+        torch.mul(values[rows], mask[rows], out=out[rows])
+    return out
+
+
+def dot(a: torch.Tensor, b: torch.Tensor) -> float:
+    """Σ a_ij b_ij of two [out, in], the products in their dtype and the sum in float64."""
+    return math.fsum(float((a[rows] * b[rows]).sum(dtype=torch.float64)) for rows in bands(len(a)))
+
+
 def finished(weight: torch.Tensor, values: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
     """`values` [out, in] in the dtype of `weight`, +0.0 where `mask` drops them.
 
@@ -176,7 +197,7 @@ def finished(weight: torch.Tensor, values: torch.Tensor, mask: torch.Tensor) -> 
         TsenorError: an updated weight is too large for the dtype.
     """
     pruned = apply_mask(values.to(weight.dtype), mask)
-    if not bool(torch.isfinite(pruned).all()):
+    if not all(bool(torch.isfinite(pruned[rows]).all()) for rows in bands(len(pruned))):
         raise overflow(weight.dtype)
     return pruned
 

@@ -5,21 +5,18 @@ from __future__ import annotations
 import torch
 
 from tsenor_cli.masks.apply import apply_mask
-from tsenor_cli.pruners.base import Calibrated, InputStats, gram_of, working_dtype
+from tsenor_cli.pruners.base import Calibrated, InputStats, bands, dot, gram_of, working_dtype
 from tsenor_cli.pruners.factor import Damping
-
-_BLOCK = 512  # columns
+from tsenor_cli.pruners.gram import columns
 
 
 def assess(
     weight: torch.Tensor, mask: torch.Tensor, pruned: torch.Tensor, stats: InputStats, damping: Damping
 ) -> Calibrated:
     """What `pruned`, and `mask` alone, lose of the output of `weight`; all [out, in], `pruned` of its dtype."""
-    gram, dtype = gram_of(stats), working_dtype(weight)
-    alone = apply_mask(weight, mask)
-    mask_loss = output_energy(weight.to(dtype) - alone.to(dtype), gram)
-    same = torch.equal(alone, pruned)
-    loss = mask_loss if same else output_energy(weight.to(dtype) - pruned.to(dtype), gram)
+    gram, alone = gram_of(stats), apply_mask(weight, mask)
+    mask_loss = _loss(weight, alone, gram)
+    loss = mask_loss if torch.equal(alone, pruned) else _loss(weight, pruned, gram)
     return Calibrated(stats.tokens, output_energy(weight, gram), mask_loss, loss, *damping)
 
 
@@ -27,13 +24,19 @@ def output_energy(weight: torch.Tensor, gram: torch.Tensor) -> float:
     """‖X Wᵀ‖² = tr(W G Wᵀ) of a weight [out, in] and a Gram matrix float64 [in, in]; never negative.
 
     The products are float32 (float64 for float64 weights) and their sum float64, which is off by some 1e-7 of the
-    terms. G is symmetric: half of the products do.
+    terms. G is symmetric, and read from its upper triangle: half of the products do.
     """
-    dtype, columns = working_dtype(weight), weight.shape[1]
-    weight, total = weight.to(dtype), 0.0
-    for first in range(0, columns, _BLOCK):
-        here = slice(first, first + _BLOCK)
-        product = weight[:, here] @ gram[here, here].to(dtype)
-        product.addmm_(weight[:, :first], gram[:first, here].to(dtype), alpha=2.0)
-        total += float(product.mul_(weight[:, here]).sum(dtype=torch.float64))
+    weight, total = weight.to(working_dtype(weight)), 0.0
+    for here, above, corner in columns(gram):
+        product = weight[:, here] @ corner.to(weight.dtype)
+        product.addmm_(weight[:, : here.start], above.to(weight.dtype), alpha=2.0)
+        total += dot(product, weight[:, here])
     return max(total, 0.0)
+
+
+def _loss(weight: torch.Tensor, other: torch.Tensor, gram: torch.Tensor) -> float:
+    """‖X(W − W')ᵀ‖², in one working copy."""
+    difference = weight.to(working_dtype(weight), copy=True)
+    for rows in bands(len(weight)):
+        difference[rows] -= other[rows]
+    return output_energy(difference, gram)

@@ -11,10 +11,12 @@ import torch
 
 from tsenor_cli.errors import TsenorError
 from tsenor_cli.pruners.base import InputStats, gram_of
+from tsenor_cli.pruners.gram import columns, columns_of, mean_square
 
 RETRIES = 6
 _FIRST = 1e-6  # the first retry where no damping at all was asked for
 _NOISE = 100  # a pivot is lost in rounding errors below this, in units of n ε and of its own diagonal element
+_BLOCK = 128  # columns that are factorised at a time
 
 
 class Damping(NamedTuple):
@@ -25,11 +27,26 @@ class Damping(NamedTuple):
 
 
 class Factor(NamedTuple):
-    """The upper triangular R of H = R Rᵀ, cut into stripes of m columns, as the sweep over them reads it."""
+    """The upper triangular R of H = R Rᵀ, cut into stripes of m columns, as the sweep over them reads it.
 
-    pull: torch.Tensor  # [in, in]: R_ps R_ss⁻¹, transposed, in the rows of stripe s and the columns of stripes p < s
-    local: torch.Tensor  # [in / m, m, m]: R_ss⁻¹, upper triangular
+    Good until the statistics it is of are factorised with another damping.
+    """
+
+    lower: torch.Tensor  # float64 [in, in]: Rᵀ below the diagonal, something else on and above it
+    inverses: torch.Tensor  # float64 [in / m, m, m]: R_ss⁻¹, transposed, lower triangular
+    local: torch.Tensor  # [in / m, m, m]: R_ss⁻¹ in the dtype of the sweep
     damping: Damping
+
+    def pull(self, first: int, last: int) -> torch.Tensor:
+        """For the stripes s in these columns: R_ps R_ss⁻¹, transposed.
+
+        Returns:
+            [last - first, last] in the dtype of the sweep: the rows of stripe s and the columns of stripes p < s; what
+            stands in the others is not to be read.
+        """
+        m = self.local.shape[-1]
+        stripes = self.lower[first:last, :last].view(-1, m, last)
+        return torch.bmm(self.inverses[first // m : last // m], stripes).to(self.local.dtype).flatten(0, 1)
 
 
 class Correlations(NamedTuple):
@@ -41,29 +58,20 @@ class Correlations(NamedTuple):
 
 
 def upper_factor(stats: InputStats, damping: float, m: int, dtype: torch.dtype) -> Factor:
-    """Factorise the damped Gram matrix H of `stats`, in float64; the result is of `dtype`, and kept in `stats`.
+    """Factorise the damped Gram matrix H of `stats`, in float64; the sweep is to be in `dtype`.
 
     SparseGPT is written with the Cholesky factor U of H⁻¹ = UᵀU. That is R⁻¹, but only the blocks of m columns on its
-    diagonal are needed (sparsegpt.py), and these are R_ss⁻¹: H is never inverted. R itself is what Cholesky gives of H
-    with rows and columns in reverse order.
+    diagonal are needed (sparsegpt.py), and these are R_ss⁻¹: H is never inverted. R is kept in the storage of the Gram
+    matrix, for the next weight, whatever its m.
 
     Raises:
         TsenorError: no damping that was tried makes H positive definite.
     """
-
-    def compute() -> Factor:
-        reverse, settled = _factorise(stats, damping)
-        size = len(reverse)
-        pull, local = torch.zeros(size, size, dtype=dtype), torch.empty(size // m, m, m, dtype=dtype)
-        one = torch.eye(m, dtype=reverse.dtype)
-        for stripe, first in enumerate(range(0, size, m)):
-            rows = reverse[size - first - m : size - first, size - first - m :].flip(0, 1)  # of Rᵀ, to the diagonal
-            inverse = torch.linalg.solve_triangular(rows[:, first:], one, upper=False)
-            local[stripe] = inverse.T
-            pull[first : first + m, :first] = inverse @ rows[:, :first]
-        return Factor(pull, local, settled)
-
-    return stats.once((Factor, damping, m, dtype), compute)
+    factorised = _factorised(stats)
+    settled = factorised.settle(damping)
+    corners = factorised.corners(m)
+    inverses = torch.linalg.solve_triangular(corners, torch.eye(m, dtype=corners.dtype), upper=False)
+    return Factor(gram_of(stats), inverses, inverses.mT.to(dtype), settled)
 
 
 def correlations(stats: InputStats, damping: float, dtype: torch.dtype) -> Correlations:
@@ -74,46 +82,89 @@ def correlations(stats: InputStats, damping: float, dtype: torch.dtype) -> Corre
     """
 
     def compute() -> Correlations:
-        settled = stats.once((Damping, damping), lambda: _factorise(stats, damping)[1])
-        gram, mean = _gram(stats)
+        settled, gram = _factorised(stats).settle(damping), gram_of(stats)
+        mean = mean_square(gram)
         scale = (gram.diagonal() / mean + settled.relative).sqrt()
-        matrix = (gram / (mean * scale)).div_(scale[:, None]).to(dtype)
+        matrix = torch.empty_like(gram, dtype=dtype)
+        for here, above, corner in columns(gram):
+            block = torch.cat([above, corner]).div_(mean * scale[here]).div_(scale[: here.stop, None])
+            matrix[: here.stop, here] = block
+            matrix[here, : here.start] = block[: here.start].T
         matrix.fill_diagonal_(1.0)
         return Correlations(matrix, scale.to(dtype), settled)
 
     return stats.once((Correlations, damping, dtype), compute)
 
 
-def _gram(stats: InputStats) -> tuple[torch.Tensor, float]:
-    """The matrix and its unit, which is 1 if the matrix is zero."""
-    gram = gram_of(stats)
-    return gram, float(gram.diagonal().mean()) or 1.0
+class _Factorised:
+    """A Gram matrix G float64 [in, in] above, and R of the damped one below the diagonal of one storage.
 
-
-def _factorise(stats: InputStats, damping: float) -> tuple[torch.Tensor, Damping]:
-    """Lᵀ [in, in] of L Lᵀ = H in reverse order, and the damping that it took."""
-    gram, mean = _gram(stats)
-    if not gram.any():
-        damping = 1.0  # H = I: all inputs count alike
-    for retries in range(RETRIES + 1):
-        matrix = gram.flip(0, 1).div_(mean)
-        matrix.diagonal().add_(damping)
-        if _cholesky(matrix):
-            return matrix, Damping(damping, retries)
-        damping = damping * 10 or _FIRST
-    raise TsenorError(
-        f"the Gram matrix of the inputs is not positive definite, even with damping {damping / 10:g}",
-        "use more calibration text, or --method wanda, which needs no factorisation",
-    )
-
-
-def _cholesky(matrix: torch.Tensor) -> bool:
-    """Lᵀ in place of symmetric `matrix` [n, n] = L Lᵀ; False if it is not positive definite beyond rounding errors.
-
-    LAPACK works on columns, in place if rows of the result are what torch takes for columns.
+    So nothing of that size is needed beside it, and an attempt that fails has destroyed nothing. LAPACK might do the
+    same, but not as torch calls it, which clears the other triangle.
     """
-    before = matrix.diagonal().clone()
-    failed_at = torch.empty((), dtype=torch.int32)
-    torch.linalg.cholesky_ex(matrix.mT, out=(matrix.mT, failed_at))
-    noise = _NOISE * len(matrix) * torch.finfo(matrix.dtype).eps * before
-    return int(failed_at) == 0 and bool((matrix.diagonal().square() > noise).all())
+
+    def __init__(self, gram: torch.Tensor) -> None:
+        self._gram = gram
+        self._pivots = torch.empty(len(gram), dtype=gram.dtype)  # the diagonal of R: its place in the storage is G's
+        self._held: tuple[float, Damping] | None = None  # which R it is: the damping asked for, and the one it took
+
+    def settle(self, damping: float) -> Damping:
+        """Have the R of this damping, or of the least of its multiples that suffices, and say which that is.
+
+        Raises:
+            TsenorError: none does.
+        """
+        if self._held is None or self._held[0] != damping:
+            self._held = None
+            self._held = damping, self._damped_enough(damping)
+        return self._held[1]
+
+    def corners(self, m: int) -> torch.Tensor:
+        """The blocks of m columns on the diagonal of Rᵀ: float64 [in / m, m, m], lower triangular."""
+        down, right = self._gram.stride()
+        shape, strides = (len(self._gram) // m, m, m), (m * (down + right), down, right)
+        corners = self._gram.as_strided(shape, strides, self._gram.storage_offset()).tril(-1)
+        corners.diagonal(dim1=1, dim2=2).copy_(self._pivots.view(-1, m))
+        return corners
+
+    def _damped_enough(self, damping: float) -> Damping:
+        if not self._gram.diagonal().any():
+            damping = 1.0  # H = I: all inputs count alike
+        for retries in range(RETRIES + 1):
+            if self._cholesky(damping):
+                return Damping(damping, retries)
+            damping = damping * 10 or _FIRST
+        raise TsenorError(
+            f"the Gram matrix of the inputs is not positive definite, even with damping {damping / 10:g}",
+            "use more calibration text, or --method wanda, which needs no factorisation",
+        )
+
+    def _cholesky(self, damping: float) -> bool:
+        """Write Rᵀ below the diagonal; False if H is not positive definite beyond rounding errors.
+
+        Blocks of columns from the right to the left, as R is upper triangular. With k for the columns of a block and p
+        for those behind it, R_ik R_kkᵀ = H_ik − R_ip R_kpᵀ, of which the rows i = k give R_kk.
+        """
+        gram, mean = self._gram, mean_square(self._gram)
+        for last in range(len(gram), 0, -_BLOCK):
+            here, _, corner = columns_of(gram, slice(max(last - _BLOCK, 0), last))
+            rows, behind = gram[here, : here.start], gram[last:]
+            corner.div_(mean).diagonal().add_(damping)
+            diagonal = corner.diagonal().clone()
+            corner.addmm_(behind[:, here].T, behind[:, here], alpha=-1)
+            # Of both axes reversed, the lower triangular factor is the upper one.
+            reverse, failed_at = torch.linalg.cholesky_ex(corner.flip(0, 1))
+            upper = reverse.flip(0, 1)
+            self._pivots[here] = upper.diagonal()
+            noise = _NOISE * len(gram) * torch.finfo(gram.dtype).eps * diagonal
+            if int(failed_at) or not bool((self._pivots[here].square() > noise).all()):
+                return False
+            torch.div(gram[: here.start, here].T, mean, out=rows)
+            rows.addmm_(behind[:, here].T, behind[:, : here.start], alpha=-1)
+            rows.copy_(torch.linalg.solve_triangular(upper, rows, upper=True))
+            gram[here, here] = gram[here, here].triu() + upper.T.tril(-1)
+        return True
+
+
+def _factorised(stats: InputStats) -> _Factorised:
+    return stats.once(_Factorised, lambda: _Factorised(gram_of(stats)))

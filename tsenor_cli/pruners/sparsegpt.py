@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import ClassVar
 
 import torch
@@ -47,38 +48,49 @@ class SparseGPT:
         """See Pruner.prune. What `solution` sums up are scores in units of the mean squared norm of an input."""
         stats = require(stats, self.needs, weight)
         factor = upper_factor(stats, self.damping, solve_mask.pattern.m, working_dtype(weight))
-        columns, solutions = _sweep(weight, factor, solve_mask, self.block)
-        solution = join_columns(solutions)
-        pruned = finished(weight, columns.T, solution.mask) if self.update else apply_mask(weight, solution.mask)
+        pruned, solution = self._prune(weight, factor, solve_mask)
         return PrunedLayer(pruned, solution, assess(weight, solution.mask, pruned, stats, factor.damping))
+
+    def _prune(
+        self, weight: torch.Tensor, factor: Factor, solve_mask: SolveMask
+    ) -> tuple[torch.Tensor, MaskSolution[torch.Tensor]]:
+        values, solutions = _sweep(weight, factor, solve_mask, self.block)
+        solution = join_columns(solutions)
+        pruned = finished(weight, values, solution.mask) if self.update else apply_mask(weight, solution.mask)
+        return pruned, solution
 
 
 def _sweep(
     weight: torch.Tensor, factor: Factor, solve_mask: SolveMask, block: int
 ) -> tuple[torch.Tensor, list[MaskSolution[torch.Tensor]]]:
-    """The pruned weight, transposed to [in, out], and the solution of every stripe.
+    """The pruned weight [out, in] in its dtype, and the solution of every stripe.
 
     Algorithm 1 keeps the errors E of all columns so far, and adds -E U to the right as it goes. With D = E U the change
     of the weight, E is D R, and what a stripe s has to be brought to is w_s + Σ_{p<s} D_p R_ps R_ss⁻¹: here each stripe
     is brought up to date when its turn comes, from the whole blocks before it, then from the stripes of its block, and
     every weight is written once. Within the stripe it is algorithm 1 as it stands.
     """
-    m = solve_mask.pattern.m
+    m, dtype, (out, inputs) = solve_mask.pattern.m, factor.local.dtype, weight.shape
     block = max(m, block // m * m)
-    current = weight.T.to(factor.pull.dtype, copy=True, memory_format=torch.contiguous_format)
-    change = current.clone()  # rows that are done hold D, the others what they were
+    pruned = torch.empty_like(weight, memory_format=torch.contiguous_format)
+    mask = torch.empty_like(pruned, dtype=torch.bool)  # one, or thousands of small ones would leave holes in the heap
+    change = torch.empty(inputs, out, dtype=dtype)  # D, transposed; the only other copy of the weight
     solutions = []
-    for start in range(0, len(current), block):
-        end = min(start + block, len(current))
-        current[start:end].addmm_(factor.pull[start:end, :start], change[:start])
+    for start in range(0, inputs, block):
+        end = min(start + block, inputs)
+        pull, current = factor.pull(start, end), change[start:end].copy_(weight[:, start:end].T).clone()
+        current.addmm_(pull[:, :start], change[:start])
         for first in range(start, end, m):
-            stripe, local = slice(first, first + m), factor.local[first // m]
-            values = current[stripe].addmm_(factor.pull[stripe, start:first], change[start:first])
+            stripe, local = slice(first - start, first - start + m), factor.local[first // m]
+            values = current[stripe].addmm_(pull[stripe, start:first], change[start:first])
             scores = (values / local.diagonal()[:, None]).square_()
-            solutions.append(_solve(solve_mask, scores.T.contiguous(), weight.dtype))
-            _finish_stripe(values, solutions[-1].mask.T.contiguous(), local, weight.dtype)
-            change[stripe] -= values
-    return current, solutions
+            solution = _solve(solve_mask, scores.T.contiguous(), weight.dtype)
+            _finish_stripe(values, solution.mask.T.contiguous(), local, weight.dtype)
+            change[first : first + m] -= values
+            kept = mask[:, first : first + m].copy_(solution.mask)
+            solutions.append(replace(solution, mask=kept))
+        pruned[:, start:end] = current.T  # rounded already
+    return pruned, solutions
 
 
 def _solve(solve_mask: SolveMask, scores: torch.Tensor, dtype: torch.dtype) -> MaskSolution[torch.Tensor]:

@@ -25,6 +25,8 @@ class Wanda:
         norms = stats.squared_norms.sqrt()
         largest = norms.max()
         scale = norms / largest if largest > 0 else torch.ones_like(norms)  # of size 1, whatever the inputs' unit
-        dtype = working_dtype(weight)
-        solution = solve_mask(weight.to(dtype) * scale.to(dtype), absolute=True)
+        scores = weight.to(working_dtype(weight), copy=True)
+        scores.mul_(scale.to(scores.dtype))
+        solution = solve_mask(scores, absolute=True)
+        del scores  # before the results, which take as much
         return PrunedLayer(apply_mask(weight, solution.mask), solution, Calibrated(stats.tokens))
