@@ -207,7 +207,7 @@ def _plan(checkpoint: Checkpoint, spec: PruneSpec) -> Plan:
 
         assert spec.calibration is not None
         length = window_length(checkpoint, spec.calibration.sequence_length)
-        memory = expected_memory(plan, spec.calibration.samples, length, gram=not spec.methods.isdisjoint(UPDATING))
+        memory = expected_memory(plan, spec.calibration.samples, length)
         plan = replace(plan, memory=memory)
     if spec.memory_budget is None or plan.peak_bytes <= spec.memory_budget:
         return plan

@@ -23,6 +23,8 @@ from tsenor_cli.pruners.base import (
 from tsenor_cli.pruners.error import assess
 from tsenor_cli.pruners.factor import Factor, upper_factor
 
+_PART = 16  # columns of a block that are brought up to date at a time, from those before them in the block
+
 
 class SparseGPT:
     """score = (w_ij / U_jj)² on the weights as updated so far, a mask for every m columns (algorithm 1 of the paper).
@@ -67,11 +69,12 @@ def _sweep(
 
     Algorithm 1 keeps the errors E of all columns so far, and adds -E U to the right as it goes. With D = E U the change
     of the weight, E is D R, and what a stripe s has to be brought to is w_s + Σ_{p<s} D_p R_ps R_ss⁻¹: here each stripe
-    is brought up to date when its turn comes, from the whole blocks before it, then from the stripes of its block, and
-    every weight is written once. Within the stripe it is algorithm 1 as it stands.
+    is brought up to date when its turn comes, from the whole blocks before it, then from the parts of its block, then
+    from the stripes of its part: thin products are slow. Every weight is written once. Within the stripe it is
+    algorithm 1 as it stands.
     """
     m, dtype, (out, inputs) = solve_mask.pattern.m, factor.local.dtype, weight.shape
-    block = max(m, block // m * m)
+    block, part = (max(m, size // m * m) for size in (block, _PART))
     pruned = torch.empty_like(weight, memory_format=torch.contiguous_format)
     mask = torch.empty_like(pruned, dtype=torch.bool)  # one, or thousands of small ones would leave holes in the heap
     change = torch.empty(inputs, out, dtype=dtype)  # D, transposed; the only other copy of the weight
@@ -81,8 +84,12 @@ def _sweep(
         pull, current = factor.pull(start, end), change[start:end].copy_(weight[:, start:end].T).clone()
         current.addmm_(pull[:, :start], change[:start])
         for first in range(start, end, m):
+            begin = start + (first - start) // part * part
+            if first == begin:
+                rows = slice(begin - start, min(begin + part, end) - start)
+                current[rows].addmm_(pull[rows, start:begin], change[start:begin])
             stripe, local = slice(first - start, first - start + m), factor.local[first // m]
-            values = current[stripe].addmm_(pull[stripe, start:first], change[start:first])
+            values = current[stripe].addmm_(pull[stripe, begin:first], change[begin:first])
             scores = (values / local.diagonal()[:, None]).square_()
             solution = _solve(solve_mask, scores.T.contiguous(), weight.dtype)
             _finish_stripe(values, solution.mask.T.contiguous(), local, weight.dtype)

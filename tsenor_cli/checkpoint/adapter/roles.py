@@ -93,9 +93,11 @@ class _Roles:
             return Role(NOT_IN_MODEL, prunable=False)
         owner_name, _, parameter = key.rpartition(".")
         owner = self.model.get_submodule(owner_name)
+        within = self.layer.match(key) if self.layer else None
+        layer = int(within[1]) if within else None
         reason = self._left_alone(owner, owner_name, tensor)
         if reason is not None:
-            return Role(reason, prunable=False)
+            return Role(reason, prunable=False, layer=layer)
         converter = next((item for item in self.converters if pattern in item.source_patterns), None)
         if converter is None or pattern is None:
             role = self._plain_role(owner, parameter, tensor.shape, tuple(self.state[key].shape))
@@ -104,8 +106,7 @@ class _Roles:
         site = self._site(owner, owner_name, parameter)
         if site is not None and site.fused and len(tensor.shape) == 2:  # one file entry for each expert
             site = _expert_site(site, tensor.name, pattern)
-        within = self.layer.match(key) if self.layer else None
-        return replace(role, site=site, layer=int(within[1]) if within else None)
+        return replace(role, site=site, layer=layer)
 
     def _site(self, owner: nn.Module, name: str, parameter: str) -> Site | None:
         """Where the input of a parameter can be seen: modules have hooks, experts transformers' interface."""
