@@ -276,8 +276,8 @@ def test_a_bug_shows_its_traceback(tsenor, llama, monkeypatch):
 def test_signals_leave_nothing_behind(llama, tmp_path, number, code):
     """Real signals to a real process that is in the middle of writing."""
     slow = (
-        "import time; import tsenor_cli.pipeline as p; real = p._prune_band;"
-        "p._prune_band = lambda *a: (time.sleep(0.3), real(*a))[1];"
+        "import time; import tsenor_cli.pipeline as p; real = p.prune_bands;"
+        "p.prune_bands = lambda *a: (time.sleep(0.3), real(*a))[1];"
         "from tsenor_cli.__main__ import main; main()"
     )
     work = tmp_path / "work"
