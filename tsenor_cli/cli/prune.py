@@ -203,8 +203,9 @@ def _show_report(report: Report) -> None:
     rows = [
         ("pruned", f"{summary.pruned_tensors} tensors, {console.count(summary.pruned_parameters)} parameters"),
         ("coverage", f"{summary.coverage:.2%} of the {console.count(summary.prunable_parameters)} prunable"),
-        ("kept energy", f"{summary.kept_energy:.2%}"),
-        *([("output error", f"{summary.error:.2%} on the calibration text")] if summary.error is not None else []),
+        ("kept energy", f"{summary.kept_energy:.2%}")
+        if summary.error is None  # updates of weights change what energy means
+        else ("output error", f"{summary.error:.2%} on the calibration text"),
         *([("perplexity", _before_and_after(report.perplexity))] if report.perplexity is not None else []),
         ("optimality gap", f"{summary.gap:.1e} (worst block {summary.worst_block_gap:.1e})"),
         ("time", f"{summary.seconds:.1f} s"),

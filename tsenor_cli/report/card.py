@@ -54,7 +54,6 @@ the original.
 |---|---|
 | tensors pruned | {summary.pruned_tensors} |
 | coverage (pruned / prunable parameters) | {summary.coverage:.2%} |
-| energy kept (sum of squared weights) | {summary.kept_energy:.2%} |
 | optimality gap of the masks | {summary.gap:.1e} |
 {_calibration_rows(report)}
 Every tensor, with the reason for each that was left alone, is in `tsenor-report.json`;
@@ -74,9 +73,10 @@ def _meaning(pattern: NMPattern) -> str:
 
 
 def _calibration_rows(report: Report) -> str:
-    rows = ""
     if report.summary.error is not None:
-        rows += f"| relative output error on the calibration text | {report.summary.error:.2%} |\n"
+        rows = f"| relative output error on the calibration text | {report.summary.error:.2%} |\n"
+    else:
+        rows = f"| energy kept (sum of squared weights) | {report.summary.kept_energy:.2%} |\n"
     if report.calibration is not None:
         rows += f"| calibration | {report.calibration['tokens']} tokens |\n"
     if report.perplexity is not None:
