@@ -70,7 +70,6 @@ class Layerwise:
         with Replay(skeleton, batches(windows), spill_to) as replay:
             skeleton.drop_outside()  # embeddings have been looked up, and the head is not needed
             for index in range(last + 1):
-                _return_freed_memory()
                 self._observer.entered(f"layer {index + 1} of {len(skeleton.layers)}")
                 items = [item for item in self._plan.pruned if item.layer == index]
                 replaced = {}
@@ -102,6 +101,7 @@ class Layerwise:
     ) -> Iterator[tuple[TensorPlan, torch.Tensor, TensorRecord]]:
         """Prune the tensors of a layer, and drop statistics that no later one of them needs."""
         for position, item in enumerate(items):
+            _return_freed_memory()
             yield item, *self._prune(item, stats)
             later = {id(stats[site]) for other in items[position + 1 :] for site in _sites(other) if site in stats}
             stats = {site: found for site, found in stats.items() if id(found) in later}
@@ -155,7 +155,7 @@ class Layerwise:
 
 
 def _return_freed_memory() -> None:
-    """Let the C library give back what has been freed: else what lies between freed tensors grows layer by layer."""
+    """Let the C library give back what has been freed: else the holes that tensors leave grow layer by layer."""
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if os.name == "posix" else None  # glibc has it
     if trim is not None:
         trim(0)
