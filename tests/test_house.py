@@ -23,7 +23,7 @@ MAY_IMPORT = {
     "streaming": {"checkpoint", "pruners", "report"},
     "layerwise": {"streaming", "checkpoint", "calibration", "pruners", "report"},
     "checkpoint": set(),
-    "pruners": {"masks"},
+    "pruners": {"masks", "kernels"},
     "masks": {"kernels"},
     "kernels": set(),
     "report": {"checkpoint", "pruners", "masks"},

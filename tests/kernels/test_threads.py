@@ -3,11 +3,13 @@
 import os
 import signal
 import threading
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 
+from tsenor_cli.kernels import threads
 from tsenor_cli.kernels.threads import over_chunks
 from tsenor_cli.masks.solve import solve_mask
 
@@ -43,17 +45,18 @@ def test_an_exception_arrives():
     test_every_item_once()
 
 
-def test_scratch_is_kept_for_its_key_alone():
+def test_scratch_is_kept_for_its_key_alone(monkeypatch):
+    monkeypatch.setattr(threads, "_own", SimpleNamespace())
     allocated, used = [], []
 
     def allocate(key):
         allocated.append([key])
         return allocated[-1]
 
-    for key in "aabba":
+    for key in "aabbacdca":
         over_chunks(lambda *chunk: used.append(chunk), 10, 10, (key, lambda key=key: allocate(key)))
-    assert [scratch for _, _, scratch in used] == [["a"], ["a"], ["b"], ["b"], ["a"]]
-    assert allocated == [["a"], ["b"], ["a"]]
+    assert [scratch for _, _, scratch in used] == [[key] for key in "aabbacdca"]
+    assert allocated == [["a"], ["b"], ["c"], ["d"], ["a"]]  # the last three are kept
 
 
 @pytest.mark.usefixtures("two_threads")

@@ -12,6 +12,7 @@ from typing import Any, TypeVar
 import torch
 
 CHUNK_SCORES = 1 << 18  # a thread's helping: less than a millisecond, so that small matrices have some for all
+KEPT = 3  # kinds of work that follow one another again and again
 Scratch = TypeVar("Scratch")
 _own: Any = threading.local()
 
@@ -24,7 +25,7 @@ def over_chunks(
 ) -> None:
     """Call work(first, last, scratch) for count items in chunks of `size`; `work` releases the GIL.
 
-    `scratch` is a key or None, and how to allocate what a thread writes to; a thread keeps the last one, for the next
+    `scratch` is a key or None, and how to allocate what a thread writes to; a thread keeps the last few, for the next
     call with that key. The cuts do not depend on the number of threads. An exception is raised.
     """
     chunks = iter([(first, min(first + size, count)) for first in range(0, count, size)])
@@ -45,9 +46,12 @@ def over_chunks(
 def _scratch(key: Hashable, allocate: Callable[[], Scratch]) -> Scratch:
     if key is None:  # nothing to keep, and nothing to forget for it
         return allocate()
-    if getattr(_own, "key", None) != key:
-        _own.key, _own.scratch = key, allocate()
-    scratch: Scratch = _own.scratch
+    kept = _own.__dict__
+    if key not in kept:
+        for old in list(kept)[: len(kept) - KEPT + 1]:
+            del kept[old]
+        kept[key] = allocate()
+    scratch: Scratch = kept[key]
     return scratch
 
 

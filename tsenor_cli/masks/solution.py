@@ -58,8 +58,10 @@ class MaskSolution(Generic[Array]):
         return (self.upper_bound - self.objective) / self.upper_bound if self.upper_bound > 0 else 0.0
 
 
-def join_columns(parts: Sequence[MaskSolution[torch.Tensor]]) -> MaskSolution[torch.Tensor]:
-    """One solution for matrices [out, in_k] that stand side by side: masks joined, sums added, the worst of the rest.
+def join_columns(parts: Sequence[MaskSolution[torch.Tensor]], mask: torch.Tensor) -> MaskSolution[torch.Tensor]:
+    """One solution for matrices [out, in_k] that stand side by side: sums added, and the worst of the rest.
+
+    `mask` is that of all; those of the parts are not read.
 
     Raises:
         ValueError: there are no parts.
@@ -68,7 +70,7 @@ def join_columns(parts: Sequence[MaskSolution[torch.Tensor]]) -> MaskSolution[to
         raise ValueError("no solutions to join")
     return replace(
         parts[0],
-        mask=torch.cat([part.mask for part in parts], dim=1),
+        mask=mask,
         objective=math.fsum(part.objective for part in parts),
         upper_bound=math.fsum(part.upper_bound for part in parts),
         worst_block_gap=max(part.worst_block_gap for part in parts),

@@ -71,7 +71,7 @@ def upper_factor(stats: InputStats, damping: float, m: int, dtype: torch.dtype) 
     settled = factorised.settle(damping)
     corners = factorised.corners(m)
     inverses = torch.linalg.solve_triangular(corners, torch.eye(m, dtype=corners.dtype), upper=False)
-    return Factor(gram_of(stats), inverses, inverses.mT.to(dtype), settled)
+    return Factor(gram_of(stats), inverses, inverses.mT.to(dtype).contiguous(), settled)
 
 
 def correlations(stats: InputStats, damping: float, dtype: torch.dtype) -> Correlations:

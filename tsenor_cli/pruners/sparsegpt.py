@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import ClassVar
+from typing import Any, ClassVar
 
+import numpy.typing as npt
 import torch
 
 from tsenor_cli.errors import InputRefused
+from tsenor_cli.kernels.lanes import LANES
+from tsenor_cli.kernels.stripes import Block, bring_up_to_date, finish, rounding
 from tsenor_cli.masks.apply import apply_mask
 from tsenor_cli.masks.solution import MaskSolution, join_columns
 from tsenor_cli.pruners.base import (
@@ -22,8 +25,6 @@ from tsenor_cli.pruners.base import (
 )
 from tsenor_cli.pruners.error import assess
 from tsenor_cli.pruners.factor import Factor, upper_factor
-
-_PART = 16  # columns of a block that are brought up to date at a time, from those before them in the block
 
 
 class SparseGPT:
@@ -56,48 +57,48 @@ class SparseGPT:
     def _prune(
         self, weight: torch.Tensor, factor: Factor, solve_mask: SolveMask
     ) -> tuple[torch.Tensor, MaskSolution[torch.Tensor]]:
-        values, solutions = _sweep(weight, factor, solve_mask, self.block)
-        solution = join_columns(solutions)
+        values, solution = _sweep(weight, factor, solve_mask, self.block)
         pruned = finished(weight, values, solution.mask) if self.update else apply_mask(weight, solution.mask)
         return pruned, solution
 
 
 def _sweep(
     weight: torch.Tensor, factor: Factor, solve_mask: SolveMask, block: int
-) -> tuple[torch.Tensor, list[MaskSolution[torch.Tensor]]]:
-    """The pruned weight [out, in] in its dtype, and the solution of every stripe.
+) -> tuple[torch.Tensor, MaskSolution[torch.Tensor]]:
+    """The pruned weight [out, in] in its dtype, and what the solutions of its stripes come to.
 
     Algorithm 1 keeps the errors E of all columns so far, and adds -E U to the right as it goes. With D = E U the change
     of the weight, E is D R, and what a stripe s has to be brought to is w_s + Σ_{p<s} D_p R_ps R_ss⁻¹: here each stripe
-    is brought up to date when its turn comes, from the whole blocks before it, then from the parts of its block, then
-    from the stripes of its part: thin products are slow. Every weight is written once. Within the stripe it is
-    algorithm 1 as it stands.
+    is brought up to date when its turn comes, from the blocks before its own, then from the stripes of its block. Every
+    weight is written once. Within the stripe it is algorithm 1 as it stands.
     """
     m, dtype, (out, inputs) = solve_mask.pattern.m, factor.local.dtype, weight.shape
-    block, part = (max(m, size // m * m) for size in (block, _PART))
+    block, groups = max(m, block // m * m), -(-out // LANES)
+    rounded = rounding(torch.finfo(weight.dtype), torch.finfo(dtype))
     pruned = torch.empty_like(weight, memory_format=torch.contiguous_format)
-    mask = torch.empty_like(pruned, dtype=torch.bool)  # one, or thousands of small ones would leave holes in the heap
-    change = torch.empty(inputs, out, dtype=dtype)  # D, transposed; the only other copy of the weight
+    mask = torch.empty_like(pruned, dtype=torch.bool)
+    change = torch.zeros(inputs, groups * LANES, dtype=dtype)  # D, transposed; the only other copy of the weight
+    scores = torch.empty(out, m, dtype=dtype)
     solutions = []
     for start in range(0, inputs, block):
-        end = min(start + block, inputs)
-        pull, current = factor.pull(start, end), change[start:end].copy_(weight[:, start:end].T).clone()
-        current.addmm_(pull[:, :start], change[:start])
-        for first in range(start, end, m):
-            begin = start + (first - start) // part * part
-            if first == begin:
-                rows = slice(begin - start, min(begin + part, end) - start)
-                current[rows].addmm_(pull[rows, start:begin], change[start:begin])
-            stripe, local = slice(first - start, first - start + m), factor.local[first // m]
-            values = current[stripe].addmm_(pull[stripe, begin:first], change[begin:first])
-            scores = (values / local.diagonal()[:, None]).square_()
-            solution = _solve(solve_mask, scores.T.contiguous(), weight.dtype)
-            _finish_stripe(values, solution.mask.T.contiguous(), local, weight.dtype)
-            change[first : first + m] -= values
-            kept = mask[:, first : first + m].copy_(solution.mask)
-            solutions.append(replace(solution, mask=kept))
-        pruned[:, start:end] = current.T  # rounded already
-    return pruned, solutions
+        here = slice(start, min(start + block, inputs))
+        pull, local, moved = factor.pull(start, here.stop), factor.local[start // m : here.stop // m], change[here]
+        moved[:, :out].copy_(weight[:, here].T)
+        values = _grouped(torch.addmm(moved, pull[:, :start], change[:start]))
+        part = Block(values, _grouped(moved), pull[:, start:].contiguous().numpy(), local.numpy())
+        for first in range(0, here.stop - start, m):
+            bring_up_to_date(part, first, m, scores.numpy())
+            solution = _solve(solve_mask, scores, weight.dtype)
+            finish(part, first, m, solution.mask.numpy(), rounded, mask.numpy(), start + first)
+            solutions.append(replace(solution, mask=mask))  # thousands of small ones would leave holes in the heap
+        moved.view(-1, groups, LANES).copy_(torch.from_numpy(part.change).transpose(0, 1))
+        pruned[:, here] = torch.from_numpy(values).transpose(1, 2).flatten(0, 1)[:out]  # rounded already
+    return pruned, join_columns(solutions, mask)
+
+
+def _grouped(columns: torch.Tensor) -> npt.NDArray[Any]:
+    """Columns [count, outputs] as the kernels take them: [outputs / LANES, count, LANES], a copy."""
+    return columns.view(len(columns), -1, LANES).transpose(0, 1).contiguous().numpy()
 
 
 def _solve(solve_mask: SolveMask, scores: torch.Tensor, dtype: torch.dtype) -> MaskSolution[torch.Tensor]:
@@ -108,23 +109,3 @@ def _solve(solve_mask: SolveMask, scores: torch.Tensor, dtype: torch.dtype) -> M
         if bool(torch.isfinite(scores).all()):
             raise
         raise overflow(dtype) from None
-
-
-def _finish_stripe(values: torch.Tensor, keep: torch.Tensor, local: torch.Tensor, dtype: torch.dtype) -> None:
-    """Give the columns of a stripe their last values, one after the other.
-
-    They are rounded here, not at the end, so that later columns make up for the rounding as well.
-
-    Args:
-        values: [m, out], changed in place.
-        keep: bool [m, out].
-        local: U [m, m] of the stripe, upper triangular.
-        dtype: what to round to.
-    """
-    errors, diagonal = torch.empty_like(values), local.diagonal().tolist()
-    for j, (column, kept) in enumerate(zip(values, keep, strict=True)):
-        if j:
-            column.addmv_(errors[:j].T, local[:j, j], alpha=-1)
-        rounded = (column * kept).to(dtype)
-        torch.sub(column, rounded, out=errors[j]).div_(diagonal[j])
-        column.copy_(rounded)
