@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """Train a small Llama on the source code of Python's standard library, in about a minute on two cores.
 
-    scripts/make_demo_checkpoint.py [OUT]
+    scripts/make_demo_checkpoint.py [OUT [--steps N]]
 
 OUT receives `checkpoint/`, an ordinary Hugging Face checkpoint in several shards, `eval.txt`, text the model has not
 seen, and `calibration.jsonl`, some of the text it has. Without OUT they go to the cache, where the next call finds
@@ -64,11 +64,15 @@ THREADS = 2  # their number decides how sums are rounded
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("out", nargs="?", type=Path, help="folder to make; default: one in the cache")
-    out = parser.parse_args().out or default_folder()
+    parser.add_argument("--steps", type=int, default=STEPS, help=f"of training; {STEPS} take a minute")
+    args = parser.parse_args()
+    if args.steps != STEPS and args.out is None:
+        parser.error("--steps needs OUT: the cache holds the usual one")
+    out = args.out or default_folder()
     if not is_made(out):
         if out.exists() and any(out.iterdir()):
             parser.error(f"{out} holds something else")
-        make(out)
+        make(out, args.steps)
     print(out)
 
 
@@ -90,12 +94,12 @@ def default_folder() -> Path:
     return cache / "demo" / hashlib.sha256("\0".join(made_by).encode()).hexdigest()[:16]
 
 
-def make(out: Path) -> None:
+def make(out: Path, steps: int) -> None:
     """Work in a temporary folder beside `out` and rename it last: an interrupted run leaves no `out`."""
     out.parent.mkdir(parents=True, exist_ok=True)
     partial = Path(tempfile.mkdtemp(prefix=f"{out.name}.partial-", dir=out.parent))
     try:
-        fill(partial)
+        fill(partial, steps)
         partial.chmod(0o755)  # mkdtemp's 0700 is meant for the time of writing
         try:
             partial.rename(out)
@@ -106,14 +110,14 @@ def make(out: Path) -> None:
         shutil.rmtree(partial, ignore_errors=True)
 
 
-def fill(folder: Path) -> None:
+def fill(folder: Path, steps: int) -> None:
     torch.manual_seed(SEED)
     torch.set_num_threads(THREADS)
     transformers.utils.logging.disable_progress_bar()
     training, held_out = texts()
     say(f"{sum(map(len, training)) / 1e6:.1f} MB of text to learn, {sum(map(len, held_out)) / 1e3:.0f} kB held out")
     tokenizer = train_tokenizer(training)
-    model = train_model(token_stream(tokenizer, training))
+    model = train_model(token_stream(tokenizer, training), steps)
     model.to(torch.bfloat16).save_pretrained(folder / "checkpoint", max_shard_size=MAX_SHARD_BYTES)
     tokenizer.save_pretrained(folder / "checkpoint")
     (folder / "eval.txt").write_text("\n".join(held_out), encoding="utf-8")
@@ -157,7 +161,7 @@ def token_stream(tokenizer: transformers.PreTrainedTokenizerFast, training: list
     return torch.tensor([token for ids in encoded for token in (tokenizer.eos_token_id, *ids)])
 
 
-def train_model(stream: torch.Tensor) -> transformers.LlamaForCausalLM:
+def train_model(stream: torch.Tensor, steps: int) -> transformers.LlamaForCausalLM:
     model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**MODEL))
     matrices = [p for p in model.parameters() if p.ndim == 2]
     vectors = [p for p in model.parameters() if p.ndim != 2]
@@ -166,10 +170,10 @@ def train_model(stream: torch.Tensor) -> transformers.LlamaForCausalLM:
         lr=LEARNING_RATE,
         betas=(0.9, 0.95),
     )
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, learning_rate_factor)
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: learning_rate_factor(step, steps))
     generator = torch.Generator().manual_seed(SEED)
     started = time.monotonic()
-    for step in range(1, STEPS + 1):
+    for step in range(1, steps + 1):
         starts = torch.randint(len(stream) - WINDOW, (BATCH,), generator=generator)
         batch = torch.stack([stream[start : start + WINDOW] for start in starts])
         loss = model(input_ids=batch, labels=batch, use_cache=False).loss
@@ -178,16 +182,16 @@ def train_model(stream: torch.Tensor) -> transformers.LlamaForCausalLM:
         optimizer.step()
         optimizer.zero_grad()
         schedule.step()
-        if step % (STEPS // 6) == 0:
-            say(f"step {step} of {STEPS}: loss {loss.item():.2f}, {time.monotonic() - started:.0f} s")
+        if step % (steps // 6) == 0:
+            say(f"step {step} of {steps}: loss {loss.item():.2f}, {time.monotonic() - started:.0f} s")
     return model
 
 
-def learning_rate_factor(step: int) -> float:
+def learning_rate_factor(step: int, steps: int) -> float:
     """Linear warm-up, then a cosine down to a tenth."""
     if step < WARM_UP_STEPS:
         return (step + 1) / WARM_UP_STEPS
-    return 0.55 + 0.45 * math.cos(math.pi * (step - WARM_UP_STEPS) / (STEPS - WARM_UP_STEPS))
+    return 0.55 + 0.45 * math.cos(math.pi * (step - WARM_UP_STEPS) / (steps - WARM_UP_STEPS))
 
 
 def say(line: str) -> None:

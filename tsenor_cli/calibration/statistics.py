@@ -21,7 +21,7 @@ from tsenor_cli.errors import InputRefused
 from tsenor_cli.pruners.base import InputStats
 
 _COLUMN_BLOCKS = 8  # of the upper triangle: an eighth more than half of the work of the whole product
-_SMALL = 512  # inputs below this are not worth cutting
+_SMALL = 256  # inputs below this are not worth cutting
 
 
 class Accumulator:
