@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,6 +11,15 @@ import pytest
 from checkpoints import make_checkpoint
 
 from tsenor_cli.cli import run
+
+
+def pytest_collection_modifyitems(config, items):
+    """Leave out the tests that need a card, unless they are asked for: scripts/gpu-check does, and none may skip."""
+    if os.environ.get("TSENOR_TEST_DEVICE") == "cuda":
+        return
+    left_out = [item for item in items if item.get_closest_marker("gpu")]
+    config.hook.pytest_deselected(items=left_out)
+    items[:] = [item for item in items if not item.get_closest_marker("gpu")]
 
 
 @dataclass(frozen=True)

@@ -38,6 +38,7 @@ class Layerwise:
     Args:
         pruners: by name of the method.
         solvers: by pattern.
+        device: where layers run and weights are pruned.
         few_tokens: what is done to an expert with fewer tokens than inputs: "magnitude", or "error".
     """
 
@@ -46,6 +47,7 @@ class Layerwise:
         plan: Plan,
         pruners: Mapping[str, Pruner],
         solvers: Mapping[NMPattern, SolveMask],
+        device: torch.device,
         few_tokens: str,
         shards: OutputShards,
         observer: Observer,
@@ -53,6 +55,7 @@ class Layerwise:
         self._plan = plan
         self._pruners = pruners
         self._solvers = solvers
+        self._device = device
         self._few_tokens = few_tokens
         self._shards = shards
         self._observer = observer
@@ -64,7 +67,7 @@ class Layerwise:
             windows: int64 [samples, tokens].
             spill_to: a directory for the hidden states; None keeps them in memory.
         """
-        skeleton = Skeleton(self._plan.checkpoint)
+        skeleton = Skeleton(self._plan.checkpoint, self._device)
         records: dict[str, TensorRecord] = {}
         last = max(item.layer for item in self._plan.tensors if item.calibrated and item.layer is not None)
         with Replay(skeleton, batches(windows), spill_to) as replay:
@@ -117,8 +120,9 @@ class Layerwise:
         tally = Tally()
         for site, matrix, target in zip(_sites(item), matrices, pruned, strict=True):
             started = time.perf_counter()
-            layer, fallback = self._prune_matrix(item, site, matrix, stats)
-            tally.add(matrix, layer, time.perf_counter() - started, fallback)
+            there = matrix.to(self._device)
+            layer, fallback = self._prune_matrix(item, site, there, stats)
+            tally.add(there, layer, time.perf_counter() - started, fallback)
             target.copy_(layer.weight)
         result = from_matrices(pruned.view_as(weight), item.layout).contiguous()
         with self._shards.place_of(item.tensor) as file:

@@ -28,6 +28,7 @@ from tsenor_cli.checkpoint.writer import (
     staged_output,
     write_text,
 )
+from tsenor_cli.device import device_name, find_device
 from tsenor_cli.errors import UsageError
 from tsenor_cli.observer import Observer
 from tsenor_cli.pruners.alps import Alps
@@ -65,6 +66,7 @@ def prune(spec: PruneSpec, observer: Observer | None = None) -> Report:
     started, observer = time.perf_counter(), observer or Observer()
     output = Path(os.path.abspath(spec.output))  # noqa: PTH100  (resolve() would follow a link)
     _check_methods(spec)
+    device = find_device(spec.device)
     pruners, solvers = _pruners(spec), _solvers(spec)
     directory, revision = resolve_checkpoint(spec.model)
     check_output(output, directory, overwrite=spec.overwrite)
@@ -75,13 +77,13 @@ def prune(spec: PruneSpec, observer: Observer | None = None) -> Report:
     tokens, eval_tokens = _calibration_tokens(spec, plan), _eval_tokens(spec, checkpoint)
     observer.planned(plan)
     with staged_output(output) as staging:
-        before = _measure(checkpoint, eval_tokens, observer, spec.memory_budget) if eval_tokens else None
+        before = _measure(checkpoint, eval_tokens, observer, spec.memory_budget, device) if eval_tokens else None
         shards = OutputShards(checkpoint, staging)
         records: dict[str, TensorRecord] = {}
         if tokens is not None:
             from tsenor_cli.layerwise import Layerwise
 
-            layerwise = Layerwise(plan, pruners, solvers, spec.few_tokens, shards, observer)
+            layerwise = Layerwise(plan, pruners, solvers, device, spec.few_tokens, shards, observer)
             records |= layerwise.run(tokens.windows, staging if plan.spills else None)
         for item in plan.tensors:
             if item.tensor.name in records:
@@ -90,17 +92,19 @@ def prune(spec: PruneSpec, observer: Observer | None = None) -> Report:
                 records[item.tensor.name] = copy_tensor(item, shards, observer)
             else:
                 pruner, solver = pruners[item.choice.method], solvers[item.choice.pattern]
-                records[item.tensor.name] = prune_bands(item, pruner, solver, shards, observer)
+                records[item.tensor.name] = prune_bands(item, pruner, solver, shards, observer, device)
         shards.sync()
         for relative in checkpoint.other_files:
             copy_file(checkpoint.directory / relative, staging / relative)
-        after = _measure(open_checkpoint(staging), eval_tokens, observer, spec.memory_budget) if eval_tokens else None
+        pruned = open_checkpoint(staging) if eval_tokens else None
+        after = _measure(pruned, eval_tokens, observer, spec.memory_budget, device) if pruned and eval_tokens else None
         report = build_report(
             spec,
             plan,
             [records[item.tensor.name] for item in plan.tensors],
             {name: pruner.citation for name, pruner in pruners.items()},
             time.perf_counter() - started,
+            device_name(device),
             tokens.to_dict() if tokens is not None else None,
             {"before": before.to_dict(), "after": after.to_dict()} if before and after else None,
         )
@@ -131,6 +135,7 @@ def evaluate(
     sequence_length: int | None = None,
     max_windows: int | None = None,
     memory_budget: int | None = None,
+    device: str = "auto",
     observer: Observer | None = None,
 ) -> list[Perplexity]:
     """Perplexity of checkpoints on a text, one decoder layer in memory at a time (see calibration/perplexity.py).
@@ -148,7 +153,8 @@ def evaluate(
     if len({CheckpointTokenizer(checkpoint.directory).fingerprint for checkpoint in checkpoints}) > 1:
         raise UsageError("the tokenizers of these models differ: perplexities cannot be compared", "give one model")
     tokens = _text_tokens(checkpoints[0], text, field, sequence_length, max_windows)
-    return [_measure(checkpoint, tokens, observer or Observer(), memory_budget) for checkpoint in checkpoints]
+    place = find_device(device)
+    return [_measure(checkpoint, tokens, observer or Observer(), memory_budget, place) for checkpoint in checkpoints]
 
 
 def _text_tokens(
@@ -162,10 +168,12 @@ def _text_tokens(
     return all_windows(text, CheckpointTokenizer(checkpoint.directory), length=length, limit=limit, field=field)
 
 
-def _measure(checkpoint: Checkpoint, tokens: TextTokens, observer: Observer, memory_budget: int | None) -> Perplexity:
+def _measure(
+    checkpoint: Checkpoint, tokens: TextTokens, observer: Observer, memory_budget: int | None, device: torch.device
+) -> Perplexity:
     from tsenor_cli.calibration.perplexity import measure_perplexity
 
-    return measure_perplexity(checkpoint, tokens, observer, memory_budget)
+    return measure_perplexity(checkpoint, tokens, observer, memory_budget, device)
 
 
 def _eval_tokens(spec: PruneSpec, checkpoint: Checkpoint) -> TextTokens | None:
@@ -251,7 +259,8 @@ def _solvers(spec: PruneSpec) -> Mapping[NMPattern, BoundSolver]:
     if spec.pattern is not None:
         patterns.add(spec.pattern)
     options: dict[str, Any] = {"tau": spec.tau, "iterations": spec.iterations, "local_search": spec.local_search}
-    solvers = {pattern: BoundSolver(pattern, spec.solver, spec.device, **options) for pattern in patterns}
+    device, fallback = str(find_device(spec.device)), spec.fallback
+    solvers = {pattern: BoundSolver(pattern, spec.solver, device, fallback=fallback, **options) for pattern in patterns}
     for pattern, solver in solvers.items():
         solver(torch.empty(0, pattern.m))  # no scores, but options that contradict each other are refused
     return solvers

@@ -109,7 +109,8 @@ class PruneSpec:
     ignore: tuple[str, ...] = ()
     min_coverage: float = 0.0  # share of the prunable parameters, 0 to 1
     strict: bool = False
-    device: str = "auto"
+    device: str = "auto"  # where masks are solved and layers run: auto, cpu, cuda or cuda:i
+    fallback: bool = False  # let plain torch solve masks on a GPU that a kernel does not compile for
     overwrite: bool = False
 
     def choice(self, name: str) -> Choice | None:

@@ -231,6 +231,14 @@ def test_no_such_checkpoint(tsenor):
     fails(tsenor("inspect", "./nowhere"), 3, "no such directory")
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_without_a_gpu_auto_means_the_cpu_and_says_so(tsenor, llama):
+    done = tsenor("prune", llama, "--nm", "2:4", "--json")
+    assert json.loads(done.out)["device"] == "cpu"
+    assert "cpu (this torch is built for the CPU alone)" in done.err or "cpu (torch finds no GPU" in done.err
+    assert "cpu (" not in tsenor("prune", llama, "--nm", "2:4", "--overwrite", "--device", "cpu").err
+
+
 def test_a_device_without_an_engine(tsenor, llama):
     fails(tsenor("prune", llama, "--nm", "2:4", "--device", "cuda"), 3, "--device cpu")
 

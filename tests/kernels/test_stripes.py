@@ -46,9 +46,9 @@ def test_a_stripe_is_brought_up_to_date(outputs, m, first, dtype):
 def test_a_stripe_is_finished(outputs, m, first, narrow):
     block = make_block(outputs, m)
     mask = np.random.default_rng(1).random((outputs, m)) < 0.5
-    joined = np.zeros((outputs, 2 * COLUMNS), np.bool_)
+    joined = np.zeros((outputs, COLUMNS), np.bool_)
     before, change = flat(block.values, outputs), flat(block.change, outputs)
-    finish(block, first, m, mask, rounding(torch.finfo(narrow), torch.finfo(torch.float32)), joined, COLUMNS)
+    finish(block, first, m, mask, rounding(torch.finfo(narrow), torch.finfo(torch.float32)), joined)
     errors, local = np.zeros((m, outputs)), block.local[first // m].astype(np.float64)
     for j in range(m):
         column = before[first + j] - local[:j, j] @ errors[:j]
@@ -59,7 +59,7 @@ def test_a_stripe_is_finished(outputs, m, first, narrow):
     change[stripe] -= before[stripe]
     assert np.allclose(flat(block.values, outputs), before, rtol=1e-5, atol=1e-5)
     assert np.allclose(flat(block.change, outputs), change, rtol=1e-5, atol=1e-5)
-    assert np.array_equal(joined[:, COLUMNS : COLUMNS + m], mask)
+    assert np.array_equal(joined[:, stripe], mask)
     assert joined.sum() == mask.sum()
 
 
@@ -71,7 +71,7 @@ def test_threads_do_not_matter(monkeypatch):
         block, scores = make_block(100, 4), np.empty((100, 4), np.float32)
         bring_up_to_date(block, 8, 4, scores)
         to = rounding(torch.finfo(torch.bfloat16), torch.finfo(torch.float32))
-        finish(block, 8, 4, scores > 1, to, np.empty((100, 4), np.bool_), 0)
+        finish(block, 8, 4, scores > 1, to, np.empty((100, COLUMNS), np.bool_))
         results.append((block.values, block.change, scores))
     assert all(np.array_equal(a, b) for a, b in zip(*results, strict=True))
 
@@ -99,5 +99,5 @@ def test_rounding_is_that_of_torch(narrow):
     values = numbers.view(-1, 1, LANES).numpy().copy()
     block = Block(values, values.copy(), np.zeros((1, 1), np.float32), np.ones((1, 1, 1), np.float32))
     mask = np.ones((len(numbers), 1), np.bool_)
-    finish(block, 0, 1, mask, rounding(torch.finfo(narrow), torch.finfo(torch.float32)), mask.copy(), 0)
+    finish(block, 0, 1, mask, rounding(torch.finfo(narrow), torch.finfo(torch.float32)), mask.copy())
     assert np.array_equal(block.values.reshape(-1), expected.numpy())

@@ -7,7 +7,7 @@ import torch
 
 from tsenor_cli.errors import InputRefused, UsageError
 from tsenor_cli.kernels import exact
-from tsenor_cli.masks import certificate, solve
+from tsenor_cli.masks import certificate, on_cpu
 from tsenor_cli.masks.blocks import from_blocks, to_blocks
 from tsenor_cli.masks.invariants import violation
 from tsenor_cli.masks.solution import Status
@@ -104,7 +104,7 @@ def test_strides_and_bands_do_not_matter(view, shape, band, monkeypatch):
     seen = VIEWS[view](scores)
     assert torch.equal(seen, scores)
     expected = [solve_mask(matrix, "4:8") for matrix in scores.reshape(-1, *shape[-2:])]
-    monkeypatch.setattr(solve, "BAND_ELEMENTS", band)
+    monkeypatch.setattr(on_cpu, "BAND_ELEMENTS", band)
     solution = solve_mask(seen, "4:8")
     assert torch.equal(solution.mask.view(-1, *shape[-2:]), torch.stack([one.mask for one in expected]))
     assert solution.objective == pytest.approx(sum(one.objective for one in expected), rel=1e-13)

@@ -16,6 +16,7 @@ import torch
 from torch.nn.functional import cross_entropy
 
 from tsenor_cli.calibration.replay import Replay, batches
+from tsenor_cli.device import CPU
 from tsenor_cli.errors import InputRefused, TsenorError
 from tsenor_cli.observer import Observer
 
@@ -48,7 +49,11 @@ class Perplexity:
 
 
 def measure_perplexity(
-    checkpoint: Checkpoint, tokens: TextTokens, observer: Observer, memory_budget: int | None = None
+    checkpoint: Checkpoint,
+    tokens: TextTokens,
+    observer: Observer,
+    memory_budget: int | None = None,
+    device: torch.device = CPU,
 ) -> Perplexity:
     """Perplexity on `tokens.windows`, in the checkpoint's own dtype.
 
@@ -60,7 +65,7 @@ def measure_perplexity(
     """
     from tsenor_cli.checkpoint.adapter.skeleton import Skeleton
 
-    skeleton = Skeleton(checkpoint)
+    skeleton = Skeleton(checkpoint, device)
     if not skeleton.model.can_generate():
         raise InputRefused(
             f"{type(skeleton.model).__name__} predicts no next token: it has no perplexity", "evaluate another model"
@@ -72,7 +77,7 @@ def measure_perplexity(
             observer.entered(f"evaluating layer {index + 1} of {len(skeleton.layers)}")
             replay.advance(index, skeleton.load_layer(index))
             skeleton.drop_layer(index)
-        losses = [_loss(replay.logits(batch), wanted) for batch, wanted in enumerate(windows)]
+        losses = [_loss(replay.logits(batch), wanted.to(device)) for batch, wanted in enumerate(windows)]
     predicted = sum(batch[:, 1:].numel() for batch in windows)
     mean = math.fsum(losses) / predicted
     if not math.isfinite(mean):

@@ -51,7 +51,7 @@ class Replay:
 
     Args:
         skeleton: the model.
-        batches: int64 [sequences, tokens] each, without padding.
+        batches: int64 [sequences, tokens] each, without padding. Hidden states stay on the CPU between two layers.
         spill_to: a directory for the hidden states; None keeps them in memory.
 
     Raises:
@@ -60,19 +60,19 @@ class Replay:
 
     def __init__(self, skeleton: Skeleton, batches: Sequence[torch.Tensor], spill_to: Path | None = None) -> None:
         self._skeleton = skeleton
-        self._batches = batches
+        self._batches = [tokens.to(skeleton.device) for tokens in batches]
         self._calls: list[list[_Call]] = []
         parameters = inspect.signature(skeleton.model.forward).parameters
         if "input_ids" not in parameters:
             raise self._refusal("it reads no text")
         self._options = {"use_cache": False} if "use_cache" in parameters else {}
         _forget_caches(skeleton.model)
-        self._form = self._find_form(batches[0][:1, :_PROBE_TOKENS])
+        self._form = self._find_form(self._batches[0][:1, :_PROBE_TOKENS])
         self.hidden = Activations(spill_to)
-        for tokens in batches:
+        for tokens in self._batches:
             states, calls = self._identity_pass(tokens, self._form)
             self._calls.append(_share(calls, self._calls[0]) if self._calls else calls)
-            self.hidden.append(states)
+            self.hidden.append(states.cpu())
 
     def __len__(self) -> int:
         return len(self._batches)
@@ -86,7 +86,7 @@ class Replay:
     @torch.no_grad()
     def run(self, index: int, layer: nn.Module, batch: int) -> torch.Tensor:
         """Hidden states [sequences, tokens, hidden] of one batch after the layer `index`; they are not kept here."""
-        states = self.hidden[batch]
+        states = self._hidden(batch)
         output = self._calls[batch][index](layer, states)
         expected = type(self._form(states))
         if type(output) is not expected:
@@ -97,7 +97,7 @@ class Replay:
     def advance(self, index: int, layer: nn.Module) -> None:
         """Take every batch through the layer `index`."""
         for batch in range(len(self)):
-            self.hidden[batch] = self.run(index, layer, batch)
+            self.hidden[batch] = self.run(index, layer, batch).cpu()
 
     @torch.no_grad()
     def logits(self, batch: int) -> torch.Tensor:
@@ -105,11 +105,14 @@ class Replay:
         last = len(self._skeleton.layers) - 1
 
         def answer(index: int, _call: _Call, hidden: torch.Tensor) -> Any:  # noqa: ANN401
-            return self._form(self.hidden[batch] if index == last else hidden)
+            return self._form(self._hidden(batch) if index == last else hidden)
 
         with self._instead_of_layers(answer):
             found: torch.Tensor = self._forward(self._batches[batch]).logits
         return found
+
+    def _hidden(self, batch: int) -> torch.Tensor:
+        return self.hidden[batch].to(self._skeleton.device)
 
     def _find_form(self, tokens: torch.Tensor) -> _Form:
         """How layers return their hidden states: the first form with which the model runs to its end."""

@@ -44,11 +44,11 @@ class TensorPlan:
         return self.pruned and self.choice is not None and self.choice.method in CALIBRATED
 
 
-def bands(tensor: DiskTensor, layout: Layout, m: int) -> list[tuple[int, int]]:
-    """Ranges of the leading axis, each whole in groups and tiles and at most about BAND_BYTES."""
+def bands(tensor: DiskTensor, layout: Layout, m: int, nbytes: int | None = None) -> list[tuple[int, int]]:
+    """Ranges of the leading axis, each whole in groups and tiles and at most about `nbytes`, or BAND_BYTES."""
     rows, step = tensor.shape[0], band_step(layout, m)
     row_bytes = tensor.nbytes // rows
-    band = max(BAND_BYTES // row_bytes // step, 1) * step
+    band = max((nbytes or BAND_BYTES) // row_bytes // step, 1) * step
     return [(first, min(first + band, rows)) for first in range(0, rows, band)]
 
 

@@ -63,8 +63,8 @@ class DiskTensor:
     def nbytes(self) -> int:
         return self.stop - self.start
 
-    def read(self, first: int = 0, last: int | None = None) -> torch.Tensor:
-        """Rows `first` to `last` of the leading axis, in the tensor's own dtype.
+    def read(self, first: int = 0, last: int | None = None, *, pinned: bool = False) -> torch.Tensor:
+        """Rows `first` to `last` of the leading axis, in the tensor's own dtype; `pinned` for a copy to a GPU.
 
         Raises:
             InputRefused: torch has no such dtype.
@@ -76,7 +76,7 @@ class DiskTensor:
             raise InputRefused(f"{self.name} is stored as {self.dtype}, which cannot be read", "it is quantised")
         rows, *others = self.shape or (1,)
         count, row_bytes = len(range(*slice(first, last).indices(rows))), self.nbytes // max(rows, 1)
-        raw = torch.empty(count * row_bytes, dtype=torch.uint8)
+        raw = torch.empty(count * row_bytes, dtype=torch.uint8, pin_memory=pinned)
         with self.path.open("rb", buffering=0) as file:
             file.seek(self.start + first * row_bytes)
             _fill(file, raw.numpy().data, self.path)

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from tsenor_cli.cli import console
-from tsenor_cli.cli.options import json_option, memory_budget_option, quiet_option, verbose_option
+from tsenor_cli.cli.options import device_option, json_option, memory_budget_option, quiet_option, verbose_option
 
 if TYPE_CHECKING:
     from tsenor_cli.calibration.perplexity import Perplexity
@@ -34,6 +34,7 @@ WIKITEXT = "hf:Salesforce/wikitext:wikitext-2-raw-v1:test"
 )
 @click.option("--max-windows", type=click.IntRange(1), help="Use no more than this many windows of the text.")
 @memory_budget_option
+@device_option
 @json_option
 @quiet_option
 @verbose_option

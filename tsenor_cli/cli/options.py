@@ -50,6 +50,15 @@ def standard_option(command: Command) -> Command:
     )(command)
 
 
+def device_option(command: Command) -> Command:
+    return click.option(
+        "--device",
+        default="auto",
+        show_default=True,
+        help="Where to compute: cpu, cuda, cuda:1, or auto, which is a GPU if there is one.",
+    )(command)
+
+
 def memory_budget_option(command: Command) -> Command:
     return click.option(
         "--memory-budget",

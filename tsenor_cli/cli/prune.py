@@ -9,6 +9,7 @@ import click
 
 from tsenor_cli.cli import console
 from tsenor_cli.cli.options import (
+    device_option,
     ignore_option,
     json_option,
     memory_budget_option,
@@ -111,7 +112,12 @@ if TYPE_CHECKING:
     help="Exit 4 unless at least this share of the prunable parameters is pruned.",
 )
 @click.option("--strict", is_flag=True, help="Exit 4 if M does not divide a prunable tensor, instead of skipping it.")
-@click.option("--device", default="auto", show_default=True, help="Where masks are solved: auto or cpu.")
+@device_option
+@click.option(
+    "--fallback",
+    is_flag=True,
+    help="Let plain torch make the masks on a GPU that a kernel does not compile for: slowly, and not optimal.",
+)
 @click.option(
     "--dry-run", is_flag=True, help="Show what would be done to each tensor, from headers alone; write nothing."
 )
@@ -208,6 +214,7 @@ def _show_report(report: Report) -> None:
         else ("output error", f"{summary.error:.2%} on the calibration text"),
         *([("perplexity", _before_and_after(report.perplexity))] if report.perplexity is not None else []),
         ("optimality gap", f"{summary.gap:.1e} (worst block {summary.worst_block_gap:.1e})"),
+        ("device", _device(report)),
         ("time", f"{summary.seconds:.1f} s"),
         ("peak memory", console.size(summary.peak_memory_bytes)),
     ]
@@ -222,6 +229,14 @@ def _show_report(report: Report) -> None:
         console.note(f"skipped, {reason}: {names[0]}" + (f" and {len(names) - 1} more" if len(names) > 1 else ""))
     if report.left_out_files:
         console.note(f"left out, dense weights in another format: {', '.join(report.left_out_files)}")
+
+
+def _device(report: Report) -> str:
+    """Where it ran, and why not on a GPU, if any would have done."""
+    from tsenor_cli.device import why_no_gpu
+
+    chosen = report.options["device"] == "auto" and report.device == "cpu"
+    return f"{report.device} ({why_no_gpu()})" if chosen else report.device
 
 
 def _before_and_after(perplexity: dict[str, Any]) -> str:

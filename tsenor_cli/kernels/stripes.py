@@ -82,7 +82,7 @@ def bring_up_to_date(block: Block, first: int, m: int, scores: Floats) -> None:
     over_chunks(chunk, len(block.values), max(1, _CHUNK // (LANES * m * (first + m))), (None, lambda: None))
 
 
-def finish(block: Block, first: int, m: int, mask: Mask, rounded: Rounding, joined: Mask, column: int) -> None:
+def finish(block: Block, first: int, m: int, mask: Mask, rounded: Rounding, joined: Mask) -> None:
     """Give the columns of a stripe their last values, one after the other: rounded, and zero where the mask drops them.
 
     They are rounded here, not at the end, so that later columns make up for the rounding as well.
@@ -93,13 +93,12 @@ def finish(block: Block, first: int, m: int, mask: Mask, rounded: Rounding, join
         m: its columns.
         mask: bool [outputs, m], contiguous.
         rounded: how.
-        joined: bool [outputs, inputs], contiguous: receives `mask` ...
-        column: ... from this one on.
+        joined: bool [outputs, columns], contiguous: receives `mask`.
     """
     settle, dtype = _compile(block.values.dtype).finish, block.values.dtype
 
     def chunk(start: int, end: int, errors: Floats) -> None:
-        settle(block, first, m, start, end, mask, rounded, joined, column, errors)
+        settle(block, first, m, start, end, mask, rounded, joined, errors)
 
     size = max(1, _CHUNK // (LANES * m * m))
     over_chunks(chunk, len(block.values), size, (("stripes", dtype, m), lambda: lanes(m, dtype)))
@@ -118,7 +117,7 @@ def _compile(dtype: np.dtype[Any]) -> _Kernels:
     mask = np.zeros((0, 1), np.bool_)
     with compiling():
         _update(block, 0, 1, 0, 0, np.zeros((0, 1), dtype))
-        _finish(block, 0, 1, 0, 0, mask, rounding(same, same), mask, 0, lanes(1, dtype))
+        _finish(block, 0, 1, 0, 0, mask, rounding(same, same), mask, lanes(1, dtype))
     return _Kernels(_update, _finish)
 
 
@@ -162,7 +161,6 @@ def _finish(
     mask: Mask,
     rounded: Rounding,
     joined: Mask,
-    column: int,
     errors: Floats,
 ) -> None:
     columns, local = block.values.shape[1], block.local[first // m]
@@ -177,7 +175,7 @@ def _finish(
             kept = 0
             for t in range(used):
                 keeps = mask[group * LANES + t, j]
-                joined[group * LANES + t, column + j] = keeps
+                joined[group * LANES + t, first + j] = keeps
                 kept |= int(keeps) << t
             last = where(from_mask(kept), _rounded(x, rounded), spread(zero))
             store(lost, j, (x - last) / spread(local[j, j]))

@@ -4,26 +4,20 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterator
-from typing import Any, NamedTuple, cast
+from dataclasses import replace
+from typing import Any, cast
 
 import numpy as np
 import torch
 
+from tsenor_cli.device import CPU, find_device
 from tsenor_cli.errors import InputRefused, TsenorError, UsageError
-from tsenor_cli.kernels.contract import DualArray, Mask, Scores, Tally, UnusableScoresError
+from tsenor_cli.kernels.contract import UnusableScoresError
+from tsenor_cli.masks import on_cpu, on_gpu
 from tsenor_cli.masks.invariants import violation
+from tsenor_cli.masks.request import Request, Solved
 from tsenor_cli.masks.solution import Array, MaskSolution, Status
-from tsenor_cli.specs import SOLVERS, NMPattern
-
-BAND_ELEMENTS = 1 << 24  # scores copied at a time, where they have to be
-# What the kernels read as it is (kernels/contract.py); other types become float32 first.
-_READ_AS = {
-    torch.float64: torch.float64,
-    torch.float32: torch.float32,
-    torch.bfloat16: torch.uint16,
-    torch.float16: torch.int16,
-}
+from tsenor_cli.specs import NMPattern
 
 
 class InfeasibleMaskError(AssertionError):
@@ -43,6 +37,7 @@ def solve_mask(
     tau: float | None = None,
     iterations: int | None = None,
     local_search: int | None = None,
+    fallback: bool = False,
 ) -> MaskSolution[Array]:
     """Keep n of every m scores so that the kept sum is as large as possible, and say how large it could be.
 
@@ -58,7 +53,7 @@ def solve_mask(
         transposable: how to read a text; an NMPattern says it itself.
         solver: "exact" is optimal (docs/mathematics.md); "entropic" is the pipeline of the TSENOR paper, which is not.
             Standard patterns know one solver only, and it is exact.
-        device: None, "auto" or "cpu": where to compute.
+        device: where to compute: auto (a GPU if there is one), cpu, cuda, cuda:i, or None, which is where scores are.
         absolute: take |scores|, as for the magnitudes of a weight, without a copy.
         warm_start: duals [blocks, 2, m] of similar scores, or a solution that has them. Speed only: any finite numbers
             lead to the same mask. Exact transposable only.
@@ -66,27 +61,31 @@ def solve_mask(
         tau: entropic only: the last τ times the largest score of a block; found for each block if None.
         iterations: entropic only: the most Dykstra iterations of a block, 300 if None.
         local_search: entropic only: how many units of a block are placed by gain, all if None.
+        fallback: let plain torch solve it (masks/plain.py, not optimal) on a GPU that a kernel does not compile for.
 
     Raises:
         UsageError: the pattern is malformed, m does not divide the shape, a score is negative, duals are of another
             shape, or an option belongs to another solver.
         InputRefused: a score is infinite or not a number, or there is no such device. The message names no tensor; the
             caller knows it.
+        TsenorError: a GPU has too little memory, or a kernel does not compile for it.
     """
     started = time.perf_counter()
     if isinstance(pattern, str):
         pattern = NMPattern.parse(pattern, transposable=transposable)
-    if device not in {None, "auto", "cpu"}:
-        raise InputRefused(f"device {device}: this version has no mask engine for it", "use --device cpu")
+    request = Request(pattern, solver, absolute, tau, iterations, local_search, fallback)
     tensor = _tensor(scores).detach()
+    place = find_device(device) if device is not None else CPU if tensor.device.type == "cpu" else tensor.device
     _check_shape(tensor, pattern)
-    engine = _engine(pattern, solver, {"tau": tau, "iterations": iterations, "local_search": local_search})
-    if not engine.knows_duals and (warm_start is not None or return_duals):
-        raise UsageError(f"{engine.name} takes and gives no duals", "use the exact solver and a transposable pattern")
+    if not request.knows_duals and (warm_start is not None or return_duals):
+        raise UsageError(f"{request.name} takes and gives no duals", "use the exact solver and a transposable pattern")
     blocks = tensor.numel() // (pattern.m * (pattern.m if pattern.transposable else 1))
-    warm = None if warm_start is None else _warm(warm_start, (blocks, 2, pattern.m))
-    duals = torch.empty(blocks, 2, pattern.m, dtype=torch.float64) if return_duals else None
-    mask, tallies = _solve_bands(tensor, pattern, engine, absolute, warm, duals)
+    shape = (blocks, 2, pattern.m)
+    warm = None if warm_start is None else _warm(warm_start, shape, place)
+    duals = torch.empty(shape, dtype=torch.float64, device=place) if return_duals else None
+    mask, tallies, name = _solve(tensor, request, warm, duals, place)
+    if (problem := violation(mask, pattern)) is not None:
+        raise InfeasibleMaskError(f"{pattern} {pattern.kind} mask of shape {tuple(tensor.shape)}: {problem}")
     objective = math.fsum(tally.objective for tally in tallies)
     stopped = any(tally.unconverged for tally in tallies)
     return MaskSolution(
@@ -94,7 +93,7 @@ def solve_mask(
         objective=objective,
         upper_bound=objective + math.fsum(tally.excess for tally in tallies),
         worst_block_gap=max((tally.worst_gap for tally in tallies), default=0.0),
-        solver=engine.name,
+        solver=name,
         status=Status.MAX_ITERATIONS if stopped else Status.CONVERGED,
         blocks=blocks,
         repaired=sum(tally.repaired for tally in tallies),
@@ -104,78 +103,24 @@ def solve_mask(
     )
 
 
-class _Engine(NamedTuple):
-    """A kernel bound to its pattern and options: solve(scores, mask, warm, duals, absolute)."""
-
-    name: str
-    solve: Callable[[Scores, Mask, DualArray | None, DualArray | None, bool], Tally]
-    knows_duals: bool = False
-
-
-def _engine(pattern: NMPattern, solver: str, options: dict[str, Any]) -> _Engine:
-    """Choose the kernel. Loading numba takes time that only a solve needs to spend."""
-    n, m = pattern.n, pattern.m
-    if solver not in SOLVERS:
-        raise UsageError(f"unknown solver {solver!r}", f"known: {', '.join(SOLVERS)}")
-    if solver == "exact" and (given := [name for name, value in options.items() if value is not None]):
-        raise UsageError(f"{', '.join(given)}: not an option of the exact solver", 'give solver="entropic" as well')
-    if not pattern.transposable:
-        if solver != "exact":
-            raise UsageError(f"{solver} is for transposable patterns", "a standard pattern needs no other solver")
-        from tsenor_cli.kernels import standard
-
-        return _Engine("top-n", lambda x, mask, _w, _d, sign: standard.solve_standard(x, n, m, mask, absolute=sign))
-    if solver == "entropic":
-        _check_entropic(**options)
-        from tsenor_cli.kernels import entropic
-
-        return _Engine(
-            "entropic",
-            lambda x, mask, _w, _d, sign: entropic.solve_entropic(x, n, m, mask, absolute=sign, **options),
-        )
-    from tsenor_cli.kernels import exact
-
-    return _Engine(
-        "exact",
-        lambda x, mask, warm, duals, sign: exact.solve_transposable(x, n, m, mask, warm, duals, absolute=sign),
-        knows_duals=True,
-    )
-
-
-def _check_entropic(tau: float | None, iterations: int | None, local_search: int | None) -> None:
-    if tau is not None and not 0 < tau < math.inf:
-        raise UsageError(f"tau is {tau:g}", "give a positive number such as 200, or none: it is found for each block")
-    if iterations is not None and iterations < 1:
-        raise UsageError(f"{iterations} iterations", "give at least one")
-    if local_search is not None and local_search < 0:
-        raise UsageError(f"local search of {local_search} units", "give 0 or more")
-
-
-def _solve_bands(
+def _solve(
     scores: torch.Tensor,
-    pattern: NMPattern,
-    engine: _Engine,
-    absolute: bool,
+    request: Request,
     warm: torch.Tensor | None,
     duals: torch.Tensor | None,
-) -> tuple[torch.Tensor, list[Tally]]:
-    mask = torch.from_numpy(np.empty(scores.shape, np.bool_))  # NumPy asks for huge pages: a fifth of torch's time
-    flat = mask.view(math.prod(mask.shape[:-1]), mask.shape[-1])
-    tallies, row = [], 0
-    for band in _bands(scores, pattern.m):
-        target = flat[row : row + len(band)]
-        first, last = (end * mask.shape[-1] // pattern.m**2 for end in (row, row + len(band)))
-        start, found = (None if array is None else array[first:last].numpy() for array in (warm, duals))
-        try:
-            tallies.append(engine.solve(band.numpy(), target.numpy(), start, found, absolute))
-        except UnusableScoresError:
-            if (error := _why_unusable(scores, absolute)) is not None:
-                raise error from None
-            tallies.append(engine.solve(band.numpy(), target.numpy(), start, found, True))  # -0.0 is not negative
-        if (problem := violation(target, pattern)) is not None:
-            raise InfeasibleMaskError(f"{pattern} {pattern.kind} mask of shape {tuple(scores.shape)}: {problem}")
-        row += len(band)
-    return mask, tallies
+    place: torch.device,
+) -> Solved:
+    def solve(request: Request) -> Solved:
+        if place.type == "cpu":
+            return on_cpu.solve_bands(scores, request, warm, duals)
+        return on_gpu.solve_bands(scores, request, warm, duals, place)
+
+    try:
+        return solve(request)
+    except UnusableScoresError:
+        if (error := _why_unusable(scores, request.absolute)) is not None:
+            raise error from None
+        return solve(replace(request, absolute=True))  # -0.0 is not negative
 
 
 def _tensor(scores: Array) -> torch.Tensor:
@@ -199,11 +144,11 @@ def _like(result: torch.Tensor, scores: Array) -> Array:
     return cast("Array", result.numpy())
 
 
-def _warm(given: MaskSolution[Any] | Array, shape: tuple[int, int, int]) -> torch.Tensor:
+def _warm(given: MaskSolution[Any] | Array, shape: tuple[int, int, int], place: torch.device) -> torch.Tensor:
     found = given.duals if isinstance(given, MaskSolution) else given
     if found is None:
         raise UsageError("the warm start has no duals", "solve it with return_duals=True")
-    duals = _tensor(found).detach().to("cpu", torch.float64).contiguous()
+    duals = _tensor(found).detach().to(place, torch.float64).contiguous()
     if duals.shape != shape or not _all_finite(duals):
         raise UsageError(f"warm_start of shape {tuple(duals.shape)}", f"give finite duals of shape {shape}")
     return duals
@@ -211,8 +156,10 @@ def _warm(given: MaskSolution[Any] | Array, shape: tuple[int, int, int]) -> torc
 
 def _all_finite(duals: torch.Tensor) -> bool:
     """A sum is finite only if all are, and quickly taken; not by torch, whose threads go on spinning after it."""
-    with np.errstate(over="ignore", invalid="ignore"):
-        return math.isfinite(duals.numpy().sum()) or bool(torch.isfinite(duals).all())
+    if duals.device.type == "cpu":
+        with np.errstate(over="ignore", invalid="ignore"):
+            return math.isfinite(duals.numpy().sum()) or bool(torch.isfinite(duals).all())
+    return bool(torch.isfinite(duals).all())
 
 
 def _check_shape(scores: torch.Tensor, pattern: NMPattern) -> None:
@@ -221,36 +168,6 @@ def _check_shape(scores: torch.Tensor, pattern: NMPattern) -> None:
     if not pattern.divides(*scores.shape[-2:]):
         out_features, in_features = scores.shape[-2:]
         raise UsageError(f"{pattern} {pattern.kind} does not divide a {out_features}x{in_features} matrix")
-
-
-def _bands(scores: torch.Tensor, m: int) -> Iterator[torch.Tensor]:
-    """Cut scores [.., out, in] into contiguous CPU bands [rows, in] of whole tile rows, in order, as kernels read them.
-
-    A band is a view where it can be: a contiguous tensor of a type that the kernels read is never copied.
-    """
-    if scores.numel() == 0:
-        return
-    out_features, in_features = scores.shape[-2:]
-    # The batch axes are flattened, which copies only where strides allow no view.
-    matrices = scores.reshape(-1, out_features, in_features)
-    if matrices.is_contiguous():
-        matrices = matrices.view(
-            1, -1, in_features
-        )  # the tiles of a batch of contiguous matrices lie like those of one
-    _, height, _ = matrices.shape
-    tiles_high = max(1, BAND_ELEMENTS // (m * in_features))
-    whole = max(1, BAND_ELEMENTS // (height * in_features))  # small matrices share a band
-    for first in range(0, len(matrices), whole):
-        for row in range(0, height, rows := min(height, tiles_high * m)):
-            band = matrices[first : first + whole, row : row + rows].reshape(-1, in_features)
-            yield _as_read(band.cpu())
-
-
-def _as_read(band: torch.Tensor) -> torch.Tensor:
-    band = band.contiguous() if band.dtype in _READ_AS else band.to(torch.float32).contiguous()
-    # A tensor mapped from a file may start at any byte; compiled code would be another for it.
-    band = band if band.data_ptr() % band.element_size() == 0 else band.clone()
-    return band.view(_READ_AS[band.dtype])
 
 
 def _why_unusable(scores: torch.Tensor, absolute: bool) -> TsenorError | None:

@@ -97,7 +97,7 @@ class _Shrinkage:
 
     def at(self, rho: float) -> torch.Tensor:
         """[in, in], of the dtype of H; good until the next call."""
-        work, failed_at = self._work.copy_(self._matrix), torch.empty((), dtype=torch.int32)
+        work, failed_at = self._work.copy_(self._matrix), torch.empty((), dtype=torch.int32, device=self._work.device)
         work.diagonal().add_(rho)
         torch.linalg.cholesky_ex(work.mT, out=(work.mT, failed_at))  # of rows that LAPACK takes for columns
         assert int(failed_at) == 0, "H is positive definite"

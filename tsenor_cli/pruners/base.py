@@ -44,6 +44,7 @@ class BoundSolver:
     tau: float | None = None
     iterations: int | None = None
     local_search: int | None = None
+    fallback: bool = False
 
     def __call__(self, scores: torch.Tensor, /, *, absolute: bool = False) -> MaskSolution[torch.Tensor]:
         """See SolveMask."""
@@ -56,6 +57,7 @@ class BoundSolver:
             tau=self.tau,
             iterations=self.iterations,
             local_search=self.local_search,
+            fallback=self.fallback,
         )
 
 

@@ -70,7 +70,9 @@ def upper_factor(stats: InputStats, damping: float, m: int, dtype: torch.dtype) 
     factorised = _factorised(stats)
     settled = factorised.settle(damping)
     corners = factorised.corners(m)
-    inverses = torch.linalg.solve_triangular(corners, torch.eye(m, dtype=corners.dtype), upper=False)
+    inverses = torch.linalg.solve_triangular(
+        corners, torch.eye(m, dtype=corners.dtype, device=corners.device), upper=False
+    )
     return Factor(gram_of(stats), inverses, inverses.mT.to(dtype).contiguous(), settled)
 
 
@@ -105,7 +107,7 @@ class _Factorised:
 
     def __init__(self, gram: torch.Tensor) -> None:
         self._gram = gram
-        self._pivots = torch.empty(len(gram), dtype=gram.dtype)  # the diagonal of R: its place in the storage is G's
+        self._pivots = gram.new_empty(len(gram))  # the diagonal of R: its place in the storage is G's
         self._held: tuple[float, Damping] | None = None  # which R it is: the damping asked for, and the one it took
 
     def settle(self, damping: float) -> Damping:

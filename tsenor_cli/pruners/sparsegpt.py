@@ -3,14 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Any, ClassVar
+from typing import ClassVar
 
-import numpy.typing as npt
 import torch
 
 from tsenor_cli.errors import InputRefused
-from tsenor_cli.kernels.lanes import LANES
-from tsenor_cli.kernels.stripes import Block, bring_up_to_date, finish, rounding
 from tsenor_cli.masks.apply import apply_mask
 from tsenor_cli.masks.solution import MaskSolution, join_columns
 from tsenor_cli.pruners.base import (
@@ -25,6 +22,7 @@ from tsenor_cli.pruners.base import (
 )
 from tsenor_cli.pruners.error import assess
 from tsenor_cli.pruners.factor import Factor, upper_factor
+from tsenor_cli.pruners.stripes import open_block
 
 
 class SparseGPT:
@@ -73,32 +71,24 @@ def _sweep(
     weight is written once. Within the stripe it is algorithm 1 as it stands.
     """
     m, dtype, (out, inputs) = solve_mask.pattern.m, factor.local.dtype, weight.shape
-    block, groups = max(m, block // m * m), -(-out // LANES)
-    rounded = rounding(torch.finfo(weight.dtype), torch.finfo(dtype))
+    block = max(m, block // m * m)
     pruned = torch.empty_like(weight, memory_format=torch.contiguous_format)
     mask = torch.empty_like(pruned, dtype=torch.bool)
-    change = torch.zeros(inputs, groups * LANES, dtype=dtype)  # D, transposed; the only other copy of the weight
-    scores = torch.empty(out, m, dtype=dtype)
+    change = torch.empty(inputs, out, dtype=dtype, device=weight.device)  # D, transposed; no other copy of the weight
     solutions = []
     for start in range(0, inputs, block):
         here = slice(start, min(start + block, inputs))
-        pull, local, moved = factor.pull(start, here.stop), factor.local[start // m : here.stop // m], change[here]
-        moved[:, :out].copy_(weight[:, here].T)
-        values = _grouped(torch.addmm(moved, pull[:, :start], change[:start]))
-        part = Block(values, _grouped(moved), pull[:, start:].contiguous().numpy(), local.numpy())
+        pull, local = factor.pull(start, here.stop), factor.local[start // m : here.stop // m]
+        original = change[here].copy_(weight[:, here].T)
+        values = torch.addmm(original, pull[:, :start], change[:start])
+        part = open_block(original, values, pull[:, start:], local, weight.dtype)
         for first in range(0, here.stop - start, m):
-            bring_up_to_date(part, first, m, scores.numpy())
-            solution = _solve(solve_mask, scores, weight.dtype)
-            finish(part, first, m, solution.mask.numpy(), rounded, mask.numpy(), start + first)
+            solution = _solve(solve_mask, part.bring_up_to_date(first), weight.dtype)
+            part.finish(first, solution.mask)
             solutions.append(replace(solution, mask=mask))  # thousands of small ones would leave holes in the heap
-        moved.view(-1, groups, LANES).copy_(torch.from_numpy(part.change).transpose(0, 1))
-        pruned[:, here] = torch.from_numpy(values).transpose(1, 2).flatten(0, 1)[:out]  # rounded already
+        last, change[here] = part.results()
+        pruned[:, here], mask[:, here] = last.T, part.mask
     return pruned, join_columns(solutions, mask)
-
-
-def _grouped(columns: torch.Tensor) -> npt.NDArray[Any]:
-    """Columns [count, outputs] as the kernels take them: [outputs / LANES, count, LANES], a copy."""
-    return columns.view(len(columns), -1, LANES).transpose(0, 1).contiguous().numpy()
 
 
 def _solve(solve_mask: SolveMask, scores: torch.Tensor, dtype: torch.dtype) -> MaskSolution[torch.Tensor]:

@@ -59,6 +59,16 @@ class Tally:
         if fallback is not None:
             self.fallbacks.append(fallback)
 
+    def merge(self, part: Tally) -> None:
+        """Add the sums over a part."""
+        for name in ("zeros", "energy", "kept_energy", "objective", "upper_bound", "solver_seconds", "seconds"):
+            setattr(self, name, getattr(self, name) + getattr(part, name))
+        self.worst_block_gap = max(self.worst_block_gap, part.worst_block_gap)
+        self.solver = part.solver
+        self.stopped |= part.stopped
+        self.calibrations += part.calibrations
+        self.fallbacks += part.fallbacks
+
     def record(self, item: TensorPlan) -> TensorRecord:
         assert item.choice is not None
         return TensorRecord(
@@ -117,6 +127,7 @@ def build_report(
     records: list[TensorRecord],
     citations: dict[str, str],
     seconds: float,
+    device: str,
     calibration: dict[str, Any] | None = None,
     perplexity: dict[str, Any] | None = None,
 ) -> Report:
@@ -148,9 +159,10 @@ def build_report(
             "min_coverage": spec.min_coverage,
             "strict": spec.strict,
             "device": spec.device,
+            "fallback": spec.fallback,
         },
         citations={name: citations[name] for name in sorted({r.method for r in records if r.method is not None})},
-        device="cpu",
+        device=device,
         threads=torch.get_num_threads(),
         summary=_summarise(plan, records, seconds),
         tensors=records,

@@ -28,6 +28,7 @@ from transformers.utils import logging
 
 from tsenor_cli.checkpoint.adapter.meta import meta_model
 from tsenor_cli.checkpoint.reader import Checkpoint, DiskTensor
+from tsenor_cli.device import CPU
 from tsenor_cli.errors import InputRefused
 
 _REMEDY = "use --method magnitude, which needs no calibration"
@@ -35,6 +36,10 @@ _REMEDY = "use --method magnitude, which needs no calibration"
 
 class Skeleton:
     """The model of a checkpoint with everything but its decoder layers in memory.
+
+    Args:
+        checkpoint: where its weights are.
+        device: where they go.
 
     Attributes:
         model: transformers' model; parameters of layers that are not loaded are on the meta device.
@@ -45,8 +50,9 @@ class Skeleton:
         InputRefused: no list of decoder layers can be recognised, or weights are missing on disk.
     """
 
-    def __init__(self, checkpoint: Checkpoint) -> None:
+    def __init__(self, checkpoint: Checkpoint, device: torch.device = CPU) -> None:
         self.checkpoint = checkpoint
+        self.device = device
         self.model: PreTrainedModel = meta_model(checkpoint).eval()  # type: ignore[no-untyped-call]
         self.layers_name, self.layers = find_layers(self.model)
         self._mapping = get_model_conversion_mapping(self.model)
@@ -54,7 +60,7 @@ class Skeleton:
         outside = [tensor for tensor in checkpoint.tensors.values() if tensor.name not in self.layer_of]
         self._load({tensor.name: _OnDisk(tensor) for tensor in outside})
         self.model.tie_weights()
-        _make_buffers(self.model)
+        _make_buffers(self.model, device)
         for name, tensor in chain(self.model.named_parameters(), self.model.named_buffers()):
             if tensor.is_meta and not name.startswith(f"{self.layers_name}."):
                 raise InputRefused(f"{name} is not in {checkpoint.directory}", "the checkpoint is incomplete")
@@ -113,7 +119,7 @@ class Skeleton:
         """Convert tensors and put them into the model, as `from_pretrained` does with a whole checkpoint."""
         dtype = self.model.dtype
         config = LoadStateDictConfig(
-            device_map={"": "cpu"},
+            device_map={"": self.device},
             dtype=dtype,
             dtype_plan=self.model._get_dtype_plan(dtype),  # noqa: SLF001  (what from_pretrained calls)
             weight_mapping=self._mapping,  # type: ignore[arg-type]  # what its own function gave
@@ -170,7 +176,7 @@ def find_layers(model: PreTrainedModel) -> tuple[str, nn.ModuleList]:
     return name, layers
 
 
-def _make_buffers(model: PreTrainedModel) -> None:
+def _make_buffers(model: PreTrainedModel, device: torch.device) -> None:
     """Give buffers that are computed, not stored, their values: rotary frequencies, causal masks.
 
     As `from_pretrained` does it, after loading: parameters that are loaded are marked and left alone, and those of the
@@ -178,7 +184,7 @@ def _make_buffers(model: PreTrainedModel) -> None:
     """
     for name, buffer in list(model.named_non_persistent_buffers()):
         owner, _, own_name = name.rpartition(".")
-        setattr(model.get_submodule(owner), own_name, torch.empty_like(buffer, device="cpu"))
+        setattr(model.get_submodule(owner), own_name, torch.empty_like(buffer, device=device))
     model.initialize_weights()  # type: ignore[no-untyped-call]  # of all modules: some fill the buffers of others
 
 

@@ -38,8 +38,9 @@ def greedy(values: torch.Tensor, n: int) -> torch.Tensor:
     """Algorithm 2: entries [B, M, M] in descending order while their row and column hold fewer than n."""
     count, m, _ = values.shape
     order = values.reshape(count, m * m).argsort(dim=1, descending=True, stable=True)
-    rows, columns = torch.zeros(2, count, m, dtype=torch.int32)
-    mask, every = torch.zeros(count, m * m, dtype=torch.bool), torch.arange(count)
+    rows, columns = torch.zeros(2, count, m, dtype=torch.int32, device=values.device)
+    mask = torch.zeros(count, m * m, dtype=torch.bool, device=values.device)
+    every = torch.arange(count, device=values.device)
     for place in order.T:
         i, j = place // m, place % m
         taken = (rows[every, i] < n) & (columns[every, j] < n)
@@ -59,7 +60,7 @@ def local_search(scores: torch.Tensor, mask: torch.Tensor, n: int, steps: int | 
     for _ in range(n * m if steps is None else steps):
         if len(todo) == 0:
             return
-        w, s, every = scores[todo], mask[todo], torch.arange(len(todo))
+        w, s, every = scores[todo], mask[todo], torch.arange(len(todo), device=mask.device)
         i, j = (s.sum(2) < n).int().argmax(1), (s.sum(1) < n).int().argmax(1)
         row, column = s[every, i], s[every, :, j]
         gain = w[every, i][:, None, :] + w[every, :, j][:, :, None] - w

@@ -1,0 +1,51 @@
+"""Which device a name stands for, and why there may be none."""
+
+from __future__ import annotations
+
+import re
+from importlib.util import find_spec
+
+import torch
+
+from tsenor_cli.errors import InputRefused, UsageError
+
+CPU = torch.device("cpu")
+
+
+def find_device(name: str) -> torch.device:
+    """The device that "cpu", "cuda", "cuda:i" or "auto" stands for: auto is a GPU if there is one, else the CPU.
+
+    Raises:
+        UsageError: the name is none of these.
+        InputRefused: there is no such GPU here.
+    """
+    if name == "cpu":
+        return CPU
+    problem = why_no_gpu()
+    if name == "auto":
+        return CPU if problem else torch.device("cuda", torch.cuda.current_device())
+    match = re.fullmatch(r"cuda(?::(\d{1,3}))?", name)
+    if match is None:
+        raise UsageError(f"device {name!r} is not known", "give auto, cpu, cuda or cuda:0")
+    if problem:
+        raise InputRefused(f"--device {name}: {problem}", "use --device cpu")
+    index = torch.cuda.current_device() if match[1] is None else int(match[1])
+    if index >= torch.cuda.device_count():
+        raise InputRefused(f"--device {name}: there are {torch.cuda.device_count()} GPUs", "count from 0")
+    return torch.device("cuda", index)
+
+
+def device_name(device: torch.device) -> str:
+    """As reports and tables give it: cpu, or cuda:0 (NVIDIA H200)."""
+    return "cpu" if device.type == "cpu" else f"{device} ({torch.cuda.get_device_name(device)})"
+
+
+def why_no_gpu() -> str | None:
+    """What is missing for masks to be solved on a GPU, or None if nothing is."""
+    if torch.version.cuda is None and torch.version.hip is None:
+        return "this torch is built for the CPU alone"
+    if not torch.cuda.is_available():
+        return "torch finds no GPU, or no driver for it"
+    if find_spec("triton") is None:
+        return "triton is not installed, which the GPU kernels are written in"
+    return None

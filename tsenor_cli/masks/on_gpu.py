@@ -1,0 +1,157 @@
+"""The mask engine on a GPU: bands as large as its free memory allows, halved when that was too much."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from importlib.metadata import version
+from traceback import walk_tb
+from types import FrameType
+from typing import TypeAlias
+
+import torch
+
+from tsenor_cli.errors import TsenorError, UsageError
+from tsenor_cli.kernels.contract import Tally, UnusableScoresError
+from tsenor_cli.masks.bands import cut
+from tsenor_cli.masks.plain import NAME, solve_plain
+from tsenor_cli.masks.request import Request, Solved
+
+BYTES_PER_SCORE = 24  # of a band: the scores and a copy in the kernel's layout, float64 both, and masks
+MOST_ELEMENTS = 1 << 28  # more at a time is no faster
+_READ = {torch.float64, torch.float32, torch.bfloat16, torch.float16}  # other types become float32 first
+Kernel: TypeAlias = Callable[
+    [torch.Tensor, torch.Tensor, torch.Tensor | None, torch.Tensor | None, bool], Tally
+]  # scores, mask, warm duals, found duals, absolute
+
+
+def solve_bands(
+    scores: torch.Tensor,
+    request: Request,
+    warm: torch.Tensor | None,
+    duals: torch.Tensor | None,
+    device: torch.device,
+) -> Solved:
+    """The mask of scores [.., out, in], on `device`, and the certificate of every band; `duals` is filled if given.
+
+    Raises:
+        KernelFailed: a kernel does not compile on this GPU.
+        TsenorError: its memory is too small for the smallest band.
+    """
+    try:
+        return Solved(*_solve(scores, _kernel(request), request, warm, duals, device), request.name)
+    except KernelFailed:
+        if not request.fallback:
+            raise
+    pattern = request.pattern
+    if duals is not None:
+        raise UsageError("plain torch gives no duals", "leave out return_duals, or fallback")
+    return Solved(
+        *_solve(
+            scores,
+            lambda x, mask, _w, _d, sign: solve_plain(x, pattern, mask, absolute=sign),
+            request,
+            None,
+            None,
+            device,
+        ),
+        NAME,
+    )
+
+
+def _solve(
+    scores: torch.Tensor,
+    kernel: Kernel,
+    request: Request,
+    warm: torch.Tensor | None,
+    duals: torch.Tensor | None,
+    device: torch.device,
+) -> tuple[torch.Tensor, list[Tally]]:
+    """The mask and the certificates, in bands of a size that fits."""
+    elements = max(1, min(MOST_ELEMENTS, _free_bytes(device) // BYTES_PER_SCORE))
+    while True:
+        try:
+            return _solve_in_bands(scores, kernel, request, warm, duals, device, elements)
+        except torch.OutOfMemoryError:
+            if elements <= scores.shape[-1] * request.pattern.m:
+                raise TsenorError(
+                    f"{device} has too little free memory for {request.pattern.m} rows of {scores.shape[-1]} scores",
+                    "free some of it, or use --device cpu",
+                ) from None
+        elements = min(elements, scores.numel()) // 2
+        torch.cuda.empty_cache()
+
+
+def _solve_in_bands(
+    scores: torch.Tensor,
+    kernel: Kernel,
+    request: Request,
+    warm: torch.Tensor | None,
+    duals: torch.Tensor | None,
+    device: torch.device,
+    elements: int,
+) -> tuple[torch.Tensor, list[Tally]]:
+    m = request.pattern.m
+    mask = torch.empty(scores.shape, dtype=torch.bool, device=device)
+    flat = mask.view(math.prod(mask.shape[:-1]), mask.shape[-1])
+    tallies, row = [], 0
+    for piece in cut(scores, m, elements):
+        band = piece.to(device, non_blocking=True)
+        band = band if band.dtype in _READ else band.to(torch.float32)
+        first, last = (end * mask.shape[-1] // m**2 for end in (row, row + len(band)))
+        start, found = (None if array is None else array[first:last] for array in (warm, duals))
+        with _plain_failures(device):
+            tallies.append(kernel(band, flat[row : row + len(band)], start, found, request.absolute))
+        row += len(band)
+    return mask, tallies
+
+
+def _kernel(request: Request) -> Kernel:
+    """Triton is there where torch has a GPU, and nowhere else does it have to be."""
+    n, m = request.pattern.n, request.pattern.m
+    if not request.pattern.transposable:
+        from tsenor_cli.kernels.gpu import standard
+
+        return lambda x, mask, _w, _d, sign: standard.solve_standard(x, n, m, mask, absolute=sign)
+    if request.solver == "entropic":
+        from tsenor_cli.kernels.gpu import entropic
+
+        options = request.entropic
+        return lambda x, mask, _w, _d, sign: entropic.solve_entropic(x, n, m, mask, absolute=sign, **options)
+    from tsenor_cli.kernels.gpu import exact
+
+    return lambda x, mask, warm, duals, sign: exact.solve_transposable(
+        x, n, m, mask, warm=warm, duals=duals, absolute=sign
+    )
+
+
+class KernelFailed(TsenorError):
+    """A kernel does not compile, or not run, on this GPU."""
+
+
+@contextmanager
+def _plain_failures(device: torch.device) -> Iterator[None]:
+    """What goes wrong inside Triton, as one line."""
+    try:
+        yield
+    except (TsenorError, UnusableScoresError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:
+        if not any(_module(frame).startswith("triton") for frame, _ in walk_tb(error.__traceback__)):
+            raise
+        why = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise KernelFailed(
+            f"the kernel does not compile for {device} with triton {version('triton')}: {why}",
+            "use --device cpu, or allow plain torch on the GPU with --fallback; and please report this",
+        ) from error
+
+
+def _module(frame: FrameType) -> str:
+    return str(frame.f_globals.get("__name__", ""))
+
+
+def _free_bytes(device: torch.device) -> int:
+    """What nobody holds, and what torch holds and does not use."""
+    held = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    return int(torch.cuda.mem_get_info(device)[0]) + held
