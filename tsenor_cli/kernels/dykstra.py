@@ -31,13 +31,8 @@ from tsenor_cli.kernels.lanes import (
     where,
 )
 from tsenor_cli.kernels.powers import exp2, log2
+from tsenor_cli.kernels.schedule import FIRST_TAU, GAP_GOAL, LAST_TAU, LOG2_E, PER_STAGE, RESIDUAL_GOAL
 
-FIRST_TAU = 6.25  # times the largest score of a block: the first stage
-LAST_TAU = 1600.0  # the last one, 2^8 times the first
-PER_STAGE = 40  # iterations at one τ; at a last one that was asked for, as many as there may be
-RESIDUAL_GOAL = 0.004  # of a marginal, relative to n: a stage ends early
-GAP_GOAL = 0.003  # (bound - value of S) / bound: τ is large enough
-LOG2_E = 1.4426950408889634
 ZERO, ONE, TWO = np.float32(0.0), np.float32(1.0), np.float32(2.0)
 T, RESIDUAL, ITERATIONS, GAP = range(4)  # rows of `state`
 

@@ -31,11 +31,11 @@ from tsenor_cli.kernels.lanes import (
 )
 from tsenor_cli.kernels.passes import LIMIT, Ahead, call_dual_passes, dual_passes_address
 from tsenor_cli.kernels.rounding import Selection, greedy, local_search, make_keys, selection, selection_pointers
+from tsenor_cli.kernels.schedule import DEFAULT_ITERATIONS
 from tsenor_cli.kernels.settle import FINER, VISIBLE_SHIFT, exact_scores, weigh
 from tsenor_cli.kernels.threads import CHUNK_SCORES, over_chunks
 from tsenor_cli.kernels.ties import tie_table
 
-DEFAULT_ITERATIONS = 300
 # What the compiled code adds up, [chunks, 5] float64.
 OBJECTIVE, EXCESS, WORST_GAP, MOST, UNMET = range(5)
 

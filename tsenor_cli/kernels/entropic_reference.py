@@ -12,7 +12,7 @@ import numpy as np
 import numpy.typing as npt
 
 from tsenor_cli.kernels.contract import Mask
-from tsenor_cli.kernels.dykstra import FIRST_TAU, GAP_GOAL, LAST_TAU, PER_STAGE, RESIDUAL_GOAL
+from tsenor_cli.kernels.schedule import FIRST_TAU, GAP_GOAL, LAST_TAU, PER_STAGE, RESIDUAL_GOAL
 
 F64 = npt.NDArray[np.float64]
 I64 = npt.NDArray[np.int64]
