@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from functools import cache
+from typing import TYPE_CHECKING
 
-import numpy as np
-import numpy.typing as npt
+if TYPE_CHECKING:  # else late: GPU kernels, which need these numbers of bits, are compiled where there is no NumPy
+    import numpy as np
+    import numpy.typing as npt
 
 SCORE_BITS = 55  # scores become integers below 2^55 ...
 TIE_BITS = 23  # ... and tie terms integers below 2^23 are added: 2^-32 of the largest score
@@ -20,6 +22,8 @@ def tie_table(n: int, m: int) -> npt.NDArray[np.int64]:
     the start. The next bits are as good as random and symmetric, so that a transposed block gets the transposed mask;
     the last ones are not, so that even a symmetric block has one best mask.
     """
+    import numpy as np
+
     i, j = np.indices((m, m)).astype(np.uint64)
     symmetric = _hash(np.minimum(i, j) * np.uint64(m) + np.maximum(i, j)) >> np.uint64(64 - _SYMMETRIC_BITS)
     other = _hash(i * np.uint64(m) + j + np.uint64(m * m)) >> np.uint64(64 - _OTHER_BITS)
@@ -31,6 +35,8 @@ def tie_table(n: int, m: int) -> npt.NDArray[np.int64]:
 
 def _hash(x: npt.NDArray[np.uint64]) -> npt.NDArray[np.uint64]:
     """SplitMix64 (Steele, Lea and Flood 2014): the same on every machine, and in any language."""
+    import numpy as np
+
     x = (x + np.uint64(1)) * np.uint64(0x9E3779B97F4A7C15)
     x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)

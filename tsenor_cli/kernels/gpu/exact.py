@@ -1,0 +1,137 @@
+"""The exact transposable solver on a GPU: the mask of kernels/exact.py and of the reference, bit by bit.
+
+Two kernels. The first solves every block for 26 bits of its scores and proves most of them optimal for all bits; the
+second settles the rest exactly. Blocks of 4 are enumerated instead.
+"""
+
+from __future__ import annotations
+
+from functools import cache
+
+import numpy as np
+import torch
+
+from tsenor_cli.kernels.contract import Tally, UnusableScoresError
+from tsenor_cli.kernels.gpu.exact_variants import draft_variant, four_variant, settle_variant
+from tsenor_cli.kernels.gpu.four_kernel import EXCESS, OBJECTIVE, STATISTICS, UNUSABLE, WORST_GAP
+from tsenor_cli.kernels.gpu.variant import DTYPES, Variant, tiling, warp_size
+from tsenor_cli.kernels.ties import tie_table
+
+LOG2_E = 1.4426950408889634
+# Of annealing: τ of 12.5, 25 and 50, so many iterations each for m up to. More take longer than the paths they save.
+FIRST_TAU, STAGES, PER_STAGE = 12.5, 3, {8: 8, 16: 12, 64: 16}
+TRIES = 8  # rounds of centring
+SWEEPS_PER_LINE = 200  # of Bellman and Ford: far more than any block has needed
+
+
+def solve_transposable(
+    scores: torch.Tensor,
+    n: int,
+    m: int,
+    mask: torch.Tensor,
+    *,
+    absolute: bool = False,
+    warm: torch.Tensor | None = None,
+    duals: torch.Tensor | None = None,
+) -> Tally:
+    """Fill `mask` with the optimal transposable n:m mask of `scores`; warm and duals are those of kernels/exact.py.
+
+    scores [rows, cols] float32, bfloat16, float16 or float64, mask [rows, cols] bool, warm and duals float64
+    [blocks, 2, m]: contiguous, on one device.
+
+    Raises:
+        UnusableScoresError: a score is negative, unless `absolute`, or not finite.
+        RuntimeError: paths that must exist were not found; a bug.
+    """
+    blocks = scores.numel() // (m * m)
+    if blocks == 0:
+        return Tally(0.0, 0.0, 0.0, 0)
+    dtype, lanes = DTYPES[str(scores.dtype).removeprefix("torch.")], warp_size(scores)
+    if m == 4 and duals is None and mask.data_ptr() % 4 == 0:
+        return enumerate_fours(scores, mask, n, four_variant(n, dtype, lanes, absolute=absolute))
+    form, device = tiling(m, lanes), scores.device
+    ties = padded_ties(n, m, form.side, device)
+    prices = torch.empty((blocks, form.side), dtype=torch.int32, device=device)
+    state = torch.empty(blocks, dtype=torch.int32, device=device)
+    objective = torch.empty(blocks, dtype=torch.float64, device=device)
+    shared = {"scores": scores, "ties": ties, "mask": mask.view(torch.uint8), "prices": prices, "n": n}
+    shared |= {
+        "duals": objective if duals is None else duals,
+        "per_row": scores.shape[1] // m,
+        "stride": scores.shape[1],
+    }
+    shared["most"] = SWEEPS_PER_LINE * m
+    words = m % 8 == 0 and mask.data_ptr() % 8 == 0
+    options = {"absolute": absolute, "warm": warm is not None, "duals": duals is not None, "words": words}
+    draft_variant(m, dtype, lanes, **options).launch(
+        -(-blocks // form.blocks),
+        **shared | {"mask": mask.view(torch.int64 if words else torch.uint8)},
+        warm=objective if warm is None else warm,
+        state=state,
+        objective=objective,
+        blocks=blocks,
+        sharpness=FIRST_TAU * LOG2_E,
+        stages=STAGES,
+        per_stage=next(often for largest, often in PER_STAGE.items() if m <= largest),
+        tries=TRIES,
+    )
+    queue = state.nonzero().squeeze(1)
+    if len(queue) == 0:
+        return Tally(float(objective.sum()), 0.0, 0.0, 0)
+    if int(state.max()) > 1:
+        raise UnusableScoresError
+    return settle_queue(shared, queue, objective, settle_variant(m, dtype, lanes, duals=duals is not None), (n, m))
+
+
+def enumerate_fours(scores: torch.Tensor, mask: torch.Tensor, n: int, variant: Variant) -> Tally:
+    """Blocks of 4; no start makes this faster, so none is asked for."""
+    blocks = scores.numel() // 16
+    programs = -(-blocks // variant.constants["L"])
+    statistics = torch.empty((programs, STATISTICS.value), dtype=torch.float64, device=scores.device)
+    variant.launch(
+        programs,
+        scores=scores,
+        ties=padded_ties(n, 4, 4, scores.device),
+        mask=mask.view(torch.int32),
+        statistics=statistics,
+        blocks=blocks,
+        per_row=scores.shape[1] // 4,
+        stride=scores.shape[1],
+    )
+    sums, largest = torch.stack([statistics.sum(0), statistics.amax(0)]).tolist()
+    if largest[UNUSABLE.value] > 0:
+        raise UnusableScoresError
+    return Tally(sums[OBJECTIVE.value], sums[EXCESS.value], largest[WORST_GAP.value], 0)
+
+
+def settle_queue(shared, queue, objective, variant, pattern) -> Tally:
+    """Settle the blocks whose numbers are in `queue` [waiting] int64, and add up everything."""
+    waiting = len(queue)
+    sums = torch.empty((2, waiting), dtype=torch.float64, device=queue.device)
+    status = torch.empty(waiting, dtype=torch.int32, device=queue.device)
+    per_program = variant.constants["L"] // (variant.constants["RO"] * variant.constants["CO"])
+    variant.launch(
+        -(-waiting // per_program),
+        **shared,
+        queue=queue,
+        objective=sums[0],
+        excess=sums[1],
+        status=status,
+        waiting=waiting,
+    )
+    objective[queue] = sums[0]
+    gap = sums[1] / (sums[0] + sums[1]).where(sums[1] > 0, torch.ones_like(sums[1]))
+    totals = [objective.sum(), sums[1].sum(), gap.max(), (status > 0).sum(), (status < 0).sum()]
+    kept, excess, worst, repaired, failed = torch.stack([x.double() for x in totals]).tolist()
+    if failed > 0:
+        n, m = pattern
+        raise RuntimeError(f"no augmenting path in a {n}:{m} block: please report this")
+    return Tally(kept, excess, worst, int(repaired))
+
+
+@cache
+def padded_ties(n: int, m: int, side: int, device: torch.device) -> torch.Tensor:
+    """The tie terms of ties.py, int32 [side, side], 0 outside of the block."""
+    table = np.zeros((side, side), np.int32)
+    table[:m, :m] = tie_table(n, m)
+    return torch.from_numpy(table).to(device)
