@@ -14,7 +14,11 @@ from tsenor_cli.kernels.contract import UnusableScoresError
 
 PATTERNS = [(1, 2), (2, 3), (1, 4), (2, 4), (3, 5), (2, 6), (4, 7), (4, 8), (7, 8), (5, 12), (8, 16), (15, 24), (8, 32)]
 PATTERNS += [(24, 48), (32, 64)]
-CASES = [(n, m, by_gain) for n, m in PATTERNS for by_gain in ([0, 1, None] if m < 12 else [1 if m % 16 else None])]
+CASES = [
+    (n, m, by_gain)
+    for n, m in PATTERNS
+    for by_gain in ([0, 1, None] if m in {4, 5, 8} else [0, None] if m < 12 else [1 if m % 16 else None])
+]
 HUGE = ["largest floats", "one huge"]  # in a sum, nothing else would be seen beside them
 
 
@@ -114,7 +118,7 @@ def test_feasible_and_certified(n, m, device):
         assert tally.worst_gap >= tally.excess / (tally.objective + tally.excess) * (1 - 1e-12)
 
 
-@pytest.mark.parametrize(("n", "m"), [(2, 4), (3, 5), (4, 8), (2, 8)])
+@pytest.mark.parametrize(("n", "m"), [(2, 4), (3, 5), (4, 8)])
 @pytest.mark.parametrize("tau", [None, 50.0])
 def test_as_good_as_the_reference(n, m, tau, device):
     """The pipeline in float64, block by block, finds nearly the same sums in nearly as many iterations."""
