@@ -139,7 +139,9 @@ def scores_of_program(constants: dict[str, int], m: int) -> int:
     """How many scores a program solves."""
     if "G" in constants:
         return constants["G"] * m
-    lanes_of_block = constants["OUTER"] ** 2 if "OUTER" in constants else constants["RO"] * constants["CO"]
+    lanes_of_block = (
+        constants["OUTER"] ** 2 if "OUTER" in constants else constants.get("RO", 1) * constants.get("CO", 1)
+    )
     return constants["L"] // lanes_of_block * m * m
 
 
@@ -211,7 +213,7 @@ def count_trips() -> int:
     trips = read(TRIPS)
     environment = os.environ | {"TRITON_INTERPRET": "1", "PYTHONPATH": f"{ROOT}:{ROOT / 'scripts'}"}
     for n, m in PATTERNS:
-        for name in ("entropic", "standard"):
+        for name in ("entropic", "standard", "four" if m == 4 else "draft"):
             command = [sys.executable, "-c", code, name, str(n), str(m), "2" if m < 32 else "4"]
             answer = subprocess.run(command, check=True, capture_output=True, text=True, env=environment).stdout
             trips[f"{name} {n}:{m} {DTYPE}"] = json.loads(answer)

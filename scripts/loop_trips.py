@@ -12,18 +12,25 @@ from types import FrameType
 from typing import Any
 
 GPU = Path(__file__).parent.parent / "tsenor_cli" / "kernels" / "gpu"
-Key = tuple[tuple[str, int], ...]  # files and lines, from the kernel to the `while`
+Key = tuple[tuple[str, int], ...]  # files and lines, from the kernel to the loop
 
 
 @cache
-def whiles(path: str) -> dict[int, int]:
-    """The first line of the body of every `while` → the line of its condition."""
+def loops(path: str) -> dict[int, int]:
+    """The first line of the body of every `while` and `for … in range()` → the line where it begins."""
     tree = ast.parse(Path(path).read_text())
-    return {node.body[0].lineno: node.lineno for node in ast.walk(tree) if isinstance(node, ast.While)}
+    return {node.body[0].lineno: node.lineno for node in ast.walk(tree) if is_loop(node)}
 
 
-def count_trips(run: Callable[[], None]) -> list[int]:
-    """Call `run` and return how often the body of each `while` ran, loops in the order they were come by.
+def is_loop(node: ast.AST) -> bool:
+    """Is it one in machine code, too? tl.static_range() is none."""
+    if isinstance(node, ast.For):
+        return isinstance(node.iter, ast.Call) and ast.unparse(node.iter.func) == "range"
+    return isinstance(node, ast.While)
+
+
+def count_trips(run: Callable[[], None], kernel: str) -> list[int]:
+    """Call `run` and return how often the body of each loop of the file `kernel` ran, in the order they were come by.
 
     A function that is called from two places has two loops, as in the machine code.
     """
@@ -34,7 +41,7 @@ def count_trips(run: Callable[[], None]) -> list[int]:
         if not path.startswith(str(GPU)):
             return None
         if event == "line":
-            bodies = whiles(path)
+            bodies = loops(path)
             if frame.f_lineno in bodies.values():
                 trips.setdefault(key_of(frame, frame.f_lineno), 0)
             elif frame.f_lineno in bodies:
@@ -47,8 +54,7 @@ def count_trips(run: Callable[[], None]) -> list[int]:
         run()
     finally:
         sys.settrace(before)
-    launched = str(GPU / "variant.py")  # what the host code loops over is not in the kernel
-    return [count for key, count in trips.items() if launched in {path for path, _ in key}]
+    return [count for key, count in trips.items() if str(GPU / kernel) in {path for path, _ in key}]
 
 
 def key_of(frame: FrameType, line: int) -> Key:
@@ -62,17 +68,19 @@ def key_of(frame: FrameType, line: int) -> Key:
 
 
 def measure(solve: str, n: int, m: int, programs: int) -> list[float]:
-    """Mean trips of a program of the kernel behind `solve`, "standard" or "entropic", on bf16 normal scores."""
+    """Mean trips of a program on bf16 normal scores; `solve` is "standard", "entropic", "draft" or "four"."""
     assert os.environ.get("TRITON_INTERPRET") == "1", "set TRITON_INTERPRET=1"
     import torch
 
-    from tsenor_cli.kernels.gpu import entropic, standard
+    from tsenor_cli.kernels.gpu import entropic, exact, standard
     from tsenor_cli.kernels.gpu.standard_kernel import variants
     from tsenor_cli.kernels.gpu.variant import tiling
 
     groups = variants(m, n, "bf16")[0].constants["G"]
-    shape = {"entropic": (m, programs * tiling(m).blocks * m), "standard": (programs * groups, m)}[solve]
-    function = {"entropic": entropic.solve_entropic, "standard": standard.solve_standard}[solve]
+    shape = (programs * groups, m) if solve == "standard" else (m, programs * tiling(m).blocks * m)
+    function = {"entropic": entropic.solve_entropic, "standard": standard.solve_standard}.get(solve)
+    function = function or exact.solve_transposable
     scores = torch.randn(shape, generator=torch.Generator().manual_seed(0)).bfloat16()
-    trips = count_trips(lambda: function(scores, n, m, torch.empty(shape, dtype=torch.bool), absolute=True) and None)
+    mask = torch.empty(shape, dtype=torch.bool)
+    trips = count_trips(lambda: function(scores, n, m, mask, absolute=True) and None, f"{solve}_kernel.py")
     return [round(count / programs, 2) for count in trips]

@@ -160,7 +160,7 @@ TOKENS = [torch.tensor([[1, 2, 3], [4, 5, 6]]), torch.tensor([[7, 8, 9], [0, 1, 
 
 
 def replay_of(model, tokens=TOKENS):
-    return Replay(SimpleNamespace(model=model, layers=model.layers), tokens)
+    return Replay(SimpleNamespace(model=model, layers=model.layers, device=torch.device("cpu")), tokens)
 
 
 def in_order(hidden, model):

@@ -10,6 +10,8 @@ from pathlib import Path
 
 import pytest
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).parents[3]
 sys.path.append(str(ROOT / "scripts"))
 
@@ -22,7 +24,7 @@ def run(*arguments):
     return subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
 
 
-@pytest.mark.parametrize("kernel", ["entropic", "standard"])
+@pytest.mark.parametrize("kernel", ["four", "draft", "arrange", "settle", "entropic", "standard"])
 def test_kernels_compile_as_they_should(kernel):
     result = run("--check", "--kernel", kernel)
     assert result.returncode == 0, result.stdout + result.stderr

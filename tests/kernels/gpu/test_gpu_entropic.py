@@ -12,6 +12,8 @@ import torch
 from tsenor_cli.kernels import entropic, entropic_reference, exact, schedule
 from tsenor_cli.kernels.contract import UnusableScoresError
 
+pytestmark = pytest.mark.slow
+
 PATTERNS = [(1, 2), (2, 3), (1, 4), (2, 4), (3, 5), (2, 6), (4, 7), (4, 8), (7, 8), (5, 12), (8, 16), (15, 24), (8, 32)]
 PATTERNS += [(24, 48), (32, 64)]
 CASES = [

@@ -13,7 +13,7 @@ import torch
 from tsenor_cli.kernels import reference
 from tsenor_cli.kernels.contract import UnusableScoresError
 from tsenor_cli.kernels.gpu import exact
-from tsenor_cli.kernels.gpu.exact_variants import settle_variant, variants
+from tsenor_cli.kernels.gpu.exact_variants import settle_variants, variants
 from tsenor_cli.masks import certificate
 
 SMALL = [(1, 2), (1, 3), (2, 3), (1, 4), (2, 4), (3, 4), (3, 5), (5, 6), (2, 7), (1, 8), (4, 8), (7, 8)]
@@ -150,16 +150,14 @@ def test_settling_is_right_from_any_mask_and_prices(n, m, device):
         "scores": torch.from_numpy(scores).to(device),
         "mask": mask.view(torch.uint8),
         "ties": exact.padded_ties(n, m, 8, device),
-        "prices": torch.from_numpy(rng.integers(-(1 << 27), 1 << 27, (blocks, 8)).astype(np.int32)).to(device),
-        "duals": torch.empty(0, dtype=torch.float64, device=device),
         "per_row": blocks,
         "stride": scores.shape[1],
         "n": n,
-        "most": 1000,
     }
+    prices = torch.from_numpy(rng.integers(-(1 << 27), 1 << 27, (blocks, 8)).astype(np.int32)).to(device)
     objective = torch.empty(blocks, dtype=torch.float64, device=device)
     queue = torch.arange(blocks, device=device)
-    tally = exact.settle_queue(shared, queue, objective, settle_variant(m, "fp32", 32), (n, m))
+    tally = exact.settle_queue(shared, queue, prices, objective, objective, 1000, settle_variants(m, "fp32", 32))
     expected, expected_tally = expect(scores, n, m)
     assert np.array_equal(mask.cpu().numpy(), expected)
     assert tally.objective == pytest.approx(expected_tally.objective, rel=1e-12)

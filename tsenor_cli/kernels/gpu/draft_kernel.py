@@ -21,7 +21,6 @@ from tsenor_cli.kernels.gpu.tile import (
     blocks_of,
     column_max,
     column_min,
-    column_sum,
     columns_of,
     largest_of_all,
     offsets_of,
@@ -98,12 +97,10 @@ def draft(
     if M < SIDE:
         v = tl.where(column < M, v, FAR)
     z = q + tl.where(best_of_rows(q - v, row, column, n, M, OUTER, OUTER), 0, APART)
-    z = swap(z, v, row, column, tl.where(real, 1, 0), APART, OUTER, OUTER)
-    over = column_sum((z < FAR).to(tl.int32), OUTER, OUTER) - tl.where(column < M, n, 0)
-    over = tl.where(real, over, 0)
-    u = row_min(z - v, OUTER, OUTER)
-    z, _, u, v, _ = balance(z, over, u, v, row, column, most, APART, FAR, OUTER, OUTER)
-    u, v, left = centre(z, u, v, row, column, n, real, tries, M, scores.dtype.element_ty == tl.float64, OUTER, OUTER)
+    allowed = tl.where(real, 1, 0)
+    z = swap(z, v, row, column, allowed, APART, OUTER, OUTER)
+    z, v = balance(z, v, row, column, n, allowed, most, M, APART, FAR, OUTER, OUTER)
+    u, v, left = centre(z, v, row, column, n, real, tries, M, scores.dtype.element_ty == tl.float64, OUTER, OUTER)
     kept = z < FAR
     write(mask, kept, offset, inside, WORDS)
     tl.store(prices + tl.max_contiguous(block * SIDE + column, (L, 1, 1)), v, mask=real)
@@ -142,7 +139,7 @@ def best_of_rows(x, row, column, n, M: tl.constexpr, RO: tl.constexpr, CO: tl.co
 
 @triton.jit
 def centre(
-    z, u, v, row, column, n, real, tries, M: tl.constexpr, ROUNDED: tl.constexpr, RO: tl.constexpr, CO: tl.constexpr
+    z, v, row, column, n, real, tries, M: tl.constexpr, ROUNDED: tl.constexpr, RO: tl.constexpr, CO: tl.constexpr
 ):
     """Move u and v midway between what they keep and what they do not, in turn, until that proves the mask.
 
@@ -150,6 +147,7 @@ def centre(
     cannot bridge, u in its middle is a proof. Returns u, v, what is left, int32 [L, 1, 1].
     """
     GAP: tl.constexpr = 2 * VISIBLE + 2 + (2 * ROUNDING if ROUNDED else 0)
+    u = row_min(z - v, RO, CO)
     uneven = wrong_counts(z < FAR, row, column, n, M, RO, CO) > 0
     left = tl.where(real, 1, 0)
     rounds = 0

@@ -7,18 +7,19 @@ second settles the rest exactly. Blocks of 4 are enumerated instead.
 from __future__ import annotations
 
 from functools import cache
+from typing import Any
 
 import numpy as np
 import torch
 
 from tsenor_cli.kernels.contract import Tally, UnusableScoresError
-from tsenor_cli.kernels.gpu.exact_variants import draft_variant, four_variant, settle_variant
+from tsenor_cli.kernels.gpu.exact_variants import draft_variant, four_variant, settle_variants
 from tsenor_cli.kernels.gpu.four_kernel import EXCESS, OBJECTIVE, STATISTICS, UNUSABLE, WORST_GAP
 from tsenor_cli.kernels.gpu.variant import DTYPES, Variant, tiling, warp_size
 from tsenor_cli.kernels.ties import tie_table
 
 LOG2_E = 1.4426950408889634
-# Of annealing: τ of 12.5, 25 and 50, so many iterations each for m up to. More take longer than the paths they save.
+# Of annealing: τ of 12.5, 25 and 50, so many iterations each for m up to. More cost more than the paths they save.
 FIRST_TAU, STAGES, PER_STAGE = 12.5, 3, {8: 8, 16: 12, 64: 16}
 TRIES = 8  # rounds of centring
 SWEEPS_PER_LINE = 200  # of Bellman and Ford: far more than any block has needed
@@ -54,33 +55,33 @@ def solve_transposable(
     prices = torch.empty((blocks, form.side), dtype=torch.int32, device=device)
     state = torch.empty(blocks, dtype=torch.int32, device=device)
     objective = torch.empty(blocks, dtype=torch.float64, device=device)
-    shared = {"scores": scores, "ties": ties, "mask": mask.view(torch.uint8), "prices": prices, "n": n}
-    shared |= {
-        "duals": objective if duals is None else duals,
-        "per_row": scores.shape[1] // m,
-        "stride": scores.shape[1],
-    }
-    shared["most"] = SWEEPS_PER_LINE * m
+    shared = {"scores": scores, "ties": ties, "mask": mask.view(torch.uint8), "n": n}
+    shared |= {"per_row": scores.shape[1] // m, "stride": scores.shape[1]}
+    found, most = objective if duals is None else duals, SWEEPS_PER_LINE * m
     words = m % 8 == 0 and mask.data_ptr() % 8 == 0
     options = {"absolute": absolute, "warm": warm is not None, "duals": duals is not None, "words": words}
     draft_variant(m, dtype, lanes, **options).launch(
         -(-blocks // form.blocks),
         **shared | {"mask": mask.view(torch.int64 if words else torch.uint8)},
         warm=objective if warm is None else warm,
+        prices=prices,
         state=state,
         objective=objective,
+        duals=found,
         blocks=blocks,
         sharpness=FIRST_TAU * LOG2_E,
         stages=STAGES,
         per_stage=next(often for largest, often in PER_STAGE.items() if m <= largest),
         tries=TRIES,
+        most=most,
     )
     queue = state.nonzero().squeeze(1)
     if len(queue) == 0:
         return Tally(float(objective.sum()), 0.0, 0.0, 0)
     if int(state.max()) > 1:
         raise UnusableScoresError
-    return settle_queue(shared, queue, objective, settle_variant(m, dtype, lanes, duals=duals is not None), (n, m))
+    both = settle_variants(m, dtype, lanes, duals=duals is not None)
+    return settle_queue(shared, queue, prices, objective, found, most, both)
 
 
 def enumerate_fours(scores: torch.Tensor, mask: torch.Tensor, n: int, variant: Variant) -> Tally:
@@ -104,28 +105,33 @@ def enumerate_fours(scores: torch.Tensor, mask: torch.Tensor, n: int, variant: V
     return Tally(sums[OBJECTIVE.value], sums[EXCESS.value], largest[WORST_GAP.value], 0)
 
 
-def settle_queue(shared, queue, objective, variant, pattern) -> Tally:
-    """Settle the blocks whose numbers are in `queue` [waiting] int64, and add up everything."""
-    waiting = len(queue)
+def settle_queue(
+    shared: dict[str, Any],
+    queue: torch.Tensor,
+    prices: torch.Tensor,
+    objective: torch.Tensor,
+    duals: torch.Tensor,
+    most: int,
+    variants: tuple[Variant, Variant],
+) -> Tally:
+    """Settle the blocks whose numbers are in `queue` [waiting] int64, and add up everything.
+
+    prices and objective are those of all blocks, see draft_kernel.py; those of the blocks in the queue are replaced.
+    """
+    waiting, form = len(queue), variants[0].constants
+    programs = -(-waiting // (form["L"] // (form["RO"] * form["CO"])))
     sums = torch.empty((2, waiting), dtype=torch.float64, device=queue.device)
     status = torch.empty(waiting, dtype=torch.int32, device=queue.device)
-    per_program = variant.constants["L"] // (variant.constants["RO"] * variant.constants["CO"])
-    variant.launch(
-        -(-waiting // per_program),
-        **shared,
-        queue=queue,
-        objective=sums[0],
-        excess=sums[1],
-        status=status,
-        waiting=waiting,
-    )
+    exact_prices = torch.empty((waiting, prices.shape[1]), dtype=torch.int64, device=queue.device)
+    shared = shared | {"queue": queue, "exact_prices": exact_prices, "waiting": waiting}
+    variants[0].launch(programs, **shared, prices=prices)
+    variants[1].launch(programs, **shared, objective=sums[0], excess=sums[1], status=status, duals=duals, most=most)
     objective[queue] = sums[0]
     gap = sums[1] / (sums[0] + sums[1]).where(sums[1] > 0, torch.ones_like(sums[1]))
     totals = [objective.sum(), sums[1].sum(), gap.max(), (status > 0).sum(), (status < 0).sum()]
     kept, excess, worst, repaired, failed = torch.stack([x.double() for x in totals]).tolist()
     if failed > 0:
-        n, m = pattern
-        raise RuntimeError(f"no augmenting path in a {n}:{m} block: please report this")
+        raise RuntimeError(f"no augmenting path in a {shared['n']}:{form['M']} block: please report this")
     return Tally(kept, excess, worst, int(repaired))
 
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from tsenor_cli.kernels.gpu import draft_kernel, four_kernel, settle_kernel
 from tsenor_cli.kernels.gpu.variant import Variant, tiling
 
@@ -12,6 +10,7 @@ _POINTERS = {
     "warm": "*fp64",
     "mask": "*u8",
     "prices": "*i32",
+    "exact_prices": "*i64",
     "state": "*i32",
     "queue": "*i64",
     "objective": "*fp64",
@@ -25,7 +24,7 @@ _POINTERS = {
 def variants(m: int, n: int, dtype: str, warp_size: int = 32) -> list[Variant]:
     """The kernels for n:m blocks of `dtype`, in Triton's spelling, as a solve without duals launches them."""
     blocks_of_4 = [four_variant(n, dtype, warp_size)] if m == 4 else []
-    return [*blocks_of_4, draft_variant(m, dtype, warp_size), settle_variant(m, dtype, warp_size)]
+    return [*blocks_of_4, draft_variant(m, dtype, warp_size), *settle_variants(m, dtype, warp_size)]
 
 
 def four_variant(n: int, dtype: str, warp_size: int, *, absolute: bool = True) -> Variant:
@@ -55,16 +54,19 @@ def draft_variant(
     return Variant("draft", draft_kernel.draft, signature, constants, form.warps)
 
 
-def settle_variant(m: int, dtype: str, warp_size: int, *, duals: bool = False) -> Variant:
-    """4×8 entries in a lane: each takes two registers."""
+def settle_variants(m: int, dtype: str, warp_size: int, *, duals: bool = False) -> tuple[Variant, Variant]:
+    """First `arrange`, then `settle`: 4×8 entries in a lane, as each takes two registers."""
     side = tiling(m, warp_size).side
     high, wide = min(side, 4), min(side, 8)
-    per_block = side * side // (high * wide)
-    lanes = max(warp_size, per_block)
-    constants: dict[str, Any] = {"M": m, "RI": high, "CI": wide, "RO": side // high, "CO": side // wide}
-    constants |= {"L": lanes, "DUALS": duals}
-    signature = _signature(settle_kernel.POINTERS, settle_kernel.NUMBERS, dtype)
-    return Variant("settle", settle_kernel.settle, signature, constants, lanes // warp_size)
+    lanes = max(warp_size, side * side // (high * wide))
+    form = {"M": m, "RI": high, "CI": wide, "RO": side // high, "CO": side // wide, "L": lanes}
+    first = _signature(settle_kernel.FIRST_POINTERS, settle_kernel.FIRST_NUMBERS, dtype)
+    then = _signature(settle_kernel.POINTERS, settle_kernel.NUMBERS, dtype)
+    warps = lanes // warp_size
+    return (
+        Variant("arrange", settle_kernel.arrange, first, form, warps),
+        Variant("settle", settle_kernel.settle, then, form | {"DUALS": duals}, warps),
+    )
 
 
 def _signature(pointers: list[str], numbers: list[str], dtype: str) -> dict[str, str]:

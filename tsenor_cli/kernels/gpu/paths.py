@@ -3,7 +3,9 @@
 A mask is part of its scores: z = w where kept, w + APART elsewhere. So one addition and one minimum per entry relax all
 edges of a kind, with no test of what is kept. w ≥ 0 must be small beside FAR, FAR beside APART, a power of two.
 
-A block that is done waits for the others of its program; only vectors say where it stands.
+A block that is done waits for the others of its program; only vectors say where it stands. Loops carry the tile and
+scalars from round to round, and count lines anew: Triton 3.6 fails on a tile beside a vector reduced over lanes both
+before a loop and in it ("remove-layout-conversions").
 """
 
 from __future__ import annotations
@@ -32,17 +34,17 @@ def swap(z, v, row, column, allowed, APART: tl.constexpr, RO: tl.constexpr, CO: 
 
     Only in blocks where `allowed` int32 [L, 1, 1]. v is [L, 1, CI]. Returns z.
     """
-    x = z - v
-    least, largest = row_min(x, RO, CO), row_max(x, RO, CO) - APART
-    wrong = (largest > least) & (allowed > 0)
-    while largest_of_all(wrong.to(tl.int32)) > 0:
-        out = row_min(tl.where(x == least, column, LINE), RO, CO)
-        into = row_min(tl.where(x == largest + APART, column, LINE), RO, CO)
-        z = z + tl.where(column == tl.where(wrong, out, -1), APART, 0)
-        z = z - tl.where(column == tl.where(wrong, into, -1), APART, 0)
+    going = 1
+    while going > 0:
         x = z - v
         least, largest = row_min(x, RO, CO), row_max(x, RO, CO) - APART
         wrong = (largest > least) & (allowed > 0)
+        going = largest_of_all(wrong.to(tl.int32))
+        if going > 0:
+            out = row_min(tl.where(x == least, column, LINE), RO, CO)
+            into = row_min(tl.where(x == largest + APART, column, LINE), RO, CO)
+            z = z + tl.where(column == tl.where(wrong, out, -1), APART, 0)
+            z = z - tl.where(column == tl.where(wrong, into, -1), APART, 0)
     return z
 
 
@@ -55,31 +57,53 @@ def wrong_counts(kept, row, column, n, M: tl.constexpr, RO: tl.constexpr, CO: tl
 
 
 @triton.jit
+def too_full(kept, column, n, allowed, M: tl.constexpr, RO: tl.constexpr, CO: tl.constexpr):
+    """By how much every column keeps more than n, [L, 1, CI]; 0 in blocks that are not `allowed`."""
+    over = column_sum(kept.to(tl.int32), RO, CO) - tl.where(column < M, n, 0)
+    return tl.where(allowed > 0, over, 0)
+
+
+@triton.jit
 def balance(
-    z, over, u, v, row, column, most, APART: tl.constexpr, FAR: tl.constexpr, RO: tl.constexpr, CO: tl.constexpr
+    z,
+    v,
+    row,
+    column,
+    n,
+    allowed,
+    most,
+    M: tl.constexpr,
+    APART: tl.constexpr,
+    FAR: tl.constexpr,
+    RO: tl.constexpr,
+    CO: tl.constexpr,
 ):
     """Move units from over-full to under-full columns along cheapest paths until all columns are right.
 
-    over [L, 1, CI] int32 is by how much a column is too full. z must be the best for its own row and column counts.
+    Only in blocks where `allowed`. z must be the best for its own row and column counts; v is kept where nothing moves.
     A pass finds the distances of all columns from the over-full ones (Bellman and Ford), and augments a path from each
     over-full column that is the nearest to some under-full one. Such paths have no line in common, and with the
     distances as prices all their edges are tight, so the mask stays the best for its counts: u are the distances of the
     rows, v those of the columns negated.
 
     Some row keeps an over-full column and not a given under-full one, so two edges always reach it: no distance that
-    counts is above 2 max w, and every pass augments. Returns z, over, u, v and the sweeps, `most` if they ran out.
+    counts is above 2 max w, and every pass augments. Stops after `most` sweeps. Returns z and v.
     """
     sweeps = 0
-    while (largest_of_all(over) > 0) & (sweeps < most):
-        u_new, v_new, row_level, column_level, took = distances(z, over, most, APART, FAR, RO, CO)
-        sweeps += took
-        active = row_max(over, RO, CO) > 0
-        u, v = tl.where(active, u_new, u), tl.where(active, -v_new, v)
-        before_column = row_parents(z, u_new, v_new, row, row_level, APART, RO, CO)
-        before_row = column_parents(z, over, u_new, v_new, column, column_level, RO, CO)
-        if sweeps < most:
-            z, over = augment(z, over, before_column, before_row, row, column, APART, RO, CO)
-    return z, over, u, v, sweeps
+    going = 1
+    while going > 0:
+        over = too_full(z < FAR, column, n, allowed, M, RO, CO)
+        going = tl.where(sweeps < most, largest_of_all(over), 0)
+        if going > 0:
+            to_row, to_column, row_level, column_level, took = distances(z, over, most, APART, FAR, RO, CO)
+            sweeps += took
+            active = row_max(over, RO, CO) > 0
+            v = tl.where(active, -to_column, v)
+            before_column = row_parents(z, to_row, to_column, row, row_level, APART, RO, CO)
+            before_row = column_parents(z, over, to_row, to_column, column, column_level, RO, CO)
+            if sweeps < most:
+                z = augment(z, over, before_column, before_row, row, column, APART, RO, CO)
+    return z, v
 
 
 @triton.jit
@@ -131,7 +155,7 @@ def column_parents(z, over, to_row, to_column, column, column_level, RO: tl.cons
 
 @triton.jit
 def augment(z, over, before_column, before_row, row, column, APART: tl.constexpr, RO: tl.constexpr, CO: tl.constexpr):
-    """Take one path to an under-full column from every over-full one that leads to any; returns z and over."""
+    """Take one path to an under-full column from every over-full one that leads to any; returns z."""
     todo = (over < 0).to(tl.int32)
     moved = over * 0
     taken = before_row * 0 - 1
@@ -145,7 +169,7 @@ def augment(z, over, before_column, before_row, row, column, APART: tl.constexpr
         moved = tl.where(column == tl.where(free, root, -1), 1, moved)
         moved = tl.where(column == tl.where(free, goal, -1), -1, moved)
     given = tl.where(taken >= 0, before_row & (LINE - 1), -1)
-    return z - tl.where(column == taken, APART, 0) + tl.where(column == given, APART, 0), over - moved
+    return z - tl.where(column == taken, APART, 0) + tl.where(column == given, APART, 0)
 
 
 @triton.jit
