@@ -163,9 +163,9 @@ def complaints_about(one: Compiled, before: list[int] | None) -> Iterator[str]:
     for number, loop in enumerate(one.loops):
         if loop.spills > (KERNEL_SPILLS, LOOP_SPILLS, INNER_SPILLS)[min(loop.depth, 2)]:
             yield f"{one.key}: {loop.spills} spills in loop {number}"
-    # The hint in tile.py is untrue: no entry may be loaded together with its neighbour. Statistics are 64 bits wide.
+    # The hint in tile.py is untrue: no entry may be loaded together with its neighbour. Queues are 64 bits wide.
     wide = {name for name in one.widths if name.startswith("LDG") and re.search(r"\.(64|128)", name)}
-    if wide and not one.key.startswith(("standard", "settle")):
+    if wide and not one.key.startswith(("standard", "arrange", "settle")):
         yield f"{one.key}: wide loads {sorted(wide)}, an entry has left its lane"
     if before is None:
         return

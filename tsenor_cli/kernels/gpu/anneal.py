@@ -32,7 +32,7 @@ def anneal(
         if M < CO * w.shape[2]:
             v = tl.where(column < M, v, -OUTSIDE)
         p = tl.exp2(tl.minimum(tl.maximum(w * t + u + v, LOWEST), HIGHEST))
-        inverse = u * 0.0 + 1.0
+        inverse = tl.zeros_like(u) + 1.0  # for u * 0.0 + 1.0 the AMD backend of Triton 3.7 fails
         factor = v * 0.0 + 1.0
         for _ in range(per_stage):
             s = tl.minimum(p, inverse)

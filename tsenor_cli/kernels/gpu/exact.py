@@ -20,7 +20,7 @@ from tsenor_cli.kernels.ties import tie_table
 
 LOG2_E = 1.4426950408889634
 # Of annealing: τ of 12.5, 25 and 50, so many iterations each for m up to. More cost more than the paths they save.
-FIRST_TAU, STAGES, PER_STAGE = 12.5, 3, {8: 8, 16: 12, 64: 16}
+FIRST_TAU, STAGES, PER_STAGE = 12.5, 3, {8: 8, 16: 12, 32: 16, 64: 24}
 TRIES = 8  # rounds of centring
 SWEEPS_PER_LINE = 200  # of Bellman and Ford: far more than any block has needed
 
