@@ -9,7 +9,7 @@ from __future__ import annotations
 import ctypes
 import os
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from math import prod
 from pathlib import Path
 
@@ -60,28 +60,33 @@ class Layerwise:
         self._shards = shards
         self._observer = observer
 
-    def run(self, windows: torch.Tensor, spill_to: Path | None) -> dict[str, TensorRecord]:
-        """Prune and write what is planned in the decoder layers, up to the last layer that needs calibration.
+    def run(self, windows: torch.Tensor, spill_to: Path | None, done: Collection[str] = ()) -> Iterator[TensorRecord]:
+        """Prune and write what is planned in the decoder layers, up to the last that still needs calibration.
 
         Args:
             windows: int64 [samples, tokens].
             spill_to: a directory for the hidden states; None keeps them in memory.
+            done: names of tensors that are pruned and written already; their layers run with what is there.
         """
         skeleton = Skeleton(self._plan.checkpoint, self._device)
-        records: dict[str, TensorRecord] = {}
-        last = max(item.layer for item in self._plan.tensors if item.calibrated and item.layer is not None)
+        last = max(
+            item.layer
+            for item in self._plan.tensors
+            if item.calibrated and item.layer is not None and item.tensor.name not in done
+        )
         with Replay(skeleton, batches(windows), spill_to) as replay:
             skeleton.drop_outside()  # embeddings have been looked up, and the head is not needed
             for index in range(last + 1):
                 self._observer.entered(f"layer {index + 1} of {len(skeleton.layers)}")
                 items = [item for item in self._plan.pruned if item.layer == index]
-                replaced = {}
-                for item, pruned, record in self._prune_layer(items, self._statistics(skeleton, replay, index, items)):
-                    replaced[item.tensor.name], records[item.tensor.name] = pruned, record
+                left = [item for item in items if item.tensor.name not in done]
+                replaced = {i.tensor.name: self._shards.read(i.tensor) for i in items if i.tensor.name in done}
+                for item, pruned, record in self._prune_layer(left, self._statistics(skeleton, replay, index, left)):
+                    replaced[item.tensor.name] = pruned
+                    yield record
                 if index < last:
                     replay.advance(index, skeleton.load_layer(index, replaced))
                     skeleton.drop_layer(index)
-        return records
 
     def _statistics(
         self, skeleton: Skeleton, replay: Replay, index: int, items: list[TensorPlan]
@@ -125,10 +130,10 @@ class Layerwise:
             tally.add(there, layer, time.perf_counter() - started, fallback)
             target.copy_(layer.weight)
         result = from_matrices(pruned.view_as(weight), item.layout).contiguous()
-        with self._shards.place_of(item.tensor) as file:
-            file.write(result.view(-1).view(torch.uint8).numpy().data)
+        with self._shards.place_of(item.tensor) as place:
+            place.write(result.view(-1).view(torch.uint8).numpy().data)
         self._observer.advanced(item.tensor.name, item.tensor.nbytes)
-        return result, tally.record(item)
+        return result, tally.record(item, place.sha256())
 
     def _prune_matrix(
         self, item: TensorPlan, site: Site | None, weight: torch.Tensor, stats: dict[Site, InputStats]

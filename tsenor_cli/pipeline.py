@@ -8,28 +8,24 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 
+from tsenor_cli.checkpoint.journal import Journal
+from tsenor_cli.checkpoint.jsonfile import read_object
 from tsenor_cli.checkpoint.plan import Plan, enforce, make_plan
 from tsenor_cli.checkpoint.reader import Checkpoint, open_checkpoint
 from tsenor_cli.checkpoint.source import resolve_checkpoint
+from tsenor_cli.checkpoint.staging import Staged, already_finished, check_output, check_space, staged_output
 from tsenor_cli.checkpoint.verifier import Verification, verify_checkpoint
-from tsenor_cli.checkpoint.writer import (
-    REPORT_FILE,
-    OutputShards,
-    check_output,
-    check_space,
-    copy_file,
-    staged_output,
-    write_text,
-)
+from tsenor_cli.checkpoint.writer import REPORT_FILE, OutputShards, copy_file, write_text
 from tsenor_cli.device import device_name, find_device
 from tsenor_cli.errors import UsageError
+from tsenor_cli.identity import run_identity
 from tsenor_cli.observer import Observer
 from tsenor_cli.pruners.alps import Alps
 from tsenor_cli.pruners.base import BoundSolver, Pruner
@@ -40,7 +36,7 @@ from tsenor_cli.report.build import build_report
 from tsenor_cli.report.card import CARD_FILE, model_card
 from tsenor_cli.report.records import Report, TensorRecord
 from tsenor_cli.specs import CALIBRATED, METHODS, UPDATING, NMPattern, PruneSpec
-from tsenor_cli.streaming import copy_tensor, prune_bands
+from tsenor_cli.streaming import copy_tensor, leave_nonfinite, prune_bands
 
 if TYPE_CHECKING:
     from tsenor_cli.calibration.perplexity import Perplexity
@@ -58,58 +54,60 @@ def prune(spec: PruneSpec, observer: Observer | None = None) -> Report:
     """Prune the checkpoint `spec.model` into `spec.output`, streaming tensors from disk to disk.
 
     In memory are a band of a tensor, or, where calibration is needed, one decoder layer with what it needs (see
-    Plan.memory). The output appears only when it is complete.
+    Plan.memory). The output appears only when it is complete. A run that was interrupted at any time can go on with
+    `spec.resume`, and gives the bytes of one that was not.
 
     Raises:
-        UsageError, InputRefused, CheckFailed, OutputUnavailable, TsenorError: see errors.py; nothing is left behind.
+        UsageError, InputRefused, CheckFailed, OutputUnavailable, TsenorError: see errors.py and staged_output.
     """
     started, observer = time.perf_counter(), observer or Observer()
     output = Path(os.path.abspath(spec.output))  # noqa: PTH100  (resolve() would follow a link)
     _check_methods(spec)
     device = find_device(spec.device)
-    pruners, solvers = _pruners(spec), _solvers(spec)
+    _solvers(spec)
     directory, revision = resolve_checkpoint(spec.model)
-    check_output(output, directory, overwrite=spec.overwrite)
+    check_output(output, directory, overwrite=spec.overwrite or spec.resume is True)
     checkpoint = open_checkpoint(directory, revision)
     plan = _plan(checkpoint, spec)
+    if spec.allow_nonfinite:
+        plan = leave_nonfinite(plan)
     enforce(plan, spec)
-    check_space(output, checkpoint.nbytes)
     tokens, eval_tokens = _calibration_tokens(spec, plan), _eval_tokens(spec, checkpoint)
+    identity = run_identity(spec, plan, device_name(device), tokens, eval_tokens)
+    if spec.resume and already_finished(output, identity):
+        return Report.from_dict(read_object(output / REPORT_FILE))
+    check_output(output, directory, overwrite=spec.overwrite)
+    check_space(output, checkpoint.nbytes)
     observer.planned(plan)
-    with staged_output(output) as staging:
-        before = _measure(checkpoint, eval_tokens, observer, spec.memory_budget, device) if eval_tokens else None
-        shards = OutputShards(checkpoint, staging)
-        records: dict[str, TensorRecord] = {}
-        if tokens is not None:
-            from tsenor_cli.layerwise import Layerwise
-
-            layerwise = Layerwise(plan, pruners, solvers, device, spec.few_tokens, shards, observer)
-            records |= layerwise.run(tokens.windows, staging if plan.spills else None)
-        for item in plan.tensors:
-            if item.tensor.name in records:
-                continue
-            if item.choice is None or not item.pruned:
-                records[item.tensor.name] = copy_tensor(item, shards, observer)
-            else:
-                pruner, solver = pruners[item.choice.method], solvers[item.choice.pattern]
-                records[item.tensor.name] = prune_bands(item, pruner, solver, shards, observer, device)
+    with staged_output(output, identity, overwrite=spec.overwrite, resume=spec.resume) as staged:
+        before = after = None
+        if eval_tokens is not None:
+            before = _noted_perplexity(staged.journal, checkpoint, eval_tokens, observer, spec.memory_budget, device)
+        shards = OutputShards(checkpoint, staged.directory)
+        records = {item.tensor.name: copy_tensor(item, shards, observer) for item in plan.tensors if not item.pruned}
+        records |= _finished(staged.journal, plan, shards, observer)
+        for record in _pruned(spec, plan, set(records), tokens, staged, shards, observer, device):
+            staged.journal.note("tensor", asdict(record))
+            records[record.name] = record
         shards.sync()
         for relative in checkpoint.other_files:
-            copy_file(checkpoint.directory / relative, staging / relative)
-        pruned = open_checkpoint(staging) if eval_tokens else None
-        after = _measure(pruned, eval_tokens, observer, spec.memory_budget, device) if pruned and eval_tokens else None
+            copy_file(checkpoint.directory / relative, staged.directory / relative)
+        if eval_tokens is not None:
+            pruned = open_checkpoint(staged.directory)
+            after = _measure(pruned, eval_tokens, observer, spec.memory_budget, device).to_dict()
         report = build_report(
             spec,
+            identity,
             plan,
             [records[item.tensor.name] for item in plan.tensors],
-            {name: pruner.citation for name, pruner in pruners.items()},
+            {name: pruner.citation for name, pruner in _pruners(spec).items()},
             time.perf_counter() - started,
             device_name(device),
             tokens.to_dict() if tokens is not None else None,
-            {"before": before.to_dict(), "after": after.to_dict()} if before and after else None,
+            {"before": before, "after": after} if before and after else None,
         )
-        write_text(staging / CARD_FILE, model_card(checkpoint, spec, report))
-        write_text(staging / REPORT_FILE, report.to_json())
+        write_text(staged.directory / CARD_FILE, model_card(checkpoint, spec, report))
+        write_text(staged.directory / REPORT_FILE, report.to_json())
     return report
 
 
@@ -155,6 +153,56 @@ def evaluate(
     tokens = _text_tokens(checkpoints[0], text, field, sequence_length, max_windows)
     place = find_device(device)
     return [_measure(checkpoint, tokens, observer or Observer(), memory_budget, place) for checkpoint in checkpoints]
+
+
+def _finished(journal: Journal, plan: Plan, shards: OutputShards, observer: Observer) -> dict[str, TensorRecord]:
+    """What an interrupted run has pruned, as far as it is really there."""
+    found = {}
+    for record in (TensorRecord(**facts) for facts in journal.notes("tensor")):
+        tensor = plan.by_name[record.name].tensor
+        if record.name not in found and shards.has(tensor, record.sha256):
+            observer.advanced(record.name, tensor.nbytes)
+            found[record.name] = record
+    return found
+
+
+def _pruned(
+    spec: PruneSpec,
+    plan: Plan,
+    done: set[str],
+    tokens: TextTokens | None,
+    staged: Staged,
+    shards: OutputShards,
+    observer: Observer,
+    device: torch.device,
+) -> Iterator[TensorRecord]:
+    """Prune and write what is not done: layer by layer where calibration is needed, then the rest band by band."""
+    pruners, solvers, done = _pruners(spec), _solvers(spec), done.copy()
+    if tokens is not None and any(item.calibrated and item.tensor.name not in done for item in plan.tensors):
+        from tsenor_cli.layerwise import Layerwise
+
+        layerwise = Layerwise(plan, pruners, solvers, device, spec.few_tokens, shards, observer)
+        for record in layerwise.run(tokens.windows, staged.scratch if plan.spills else None, done):
+            yield record
+            done.add(record.name)
+    for item in plan.pruned:
+        if item.tensor.name not in done and item.choice is not None:
+            pruner, solver = pruners[item.choice.method], solvers[item.choice.pattern]
+            yield prune_bands(item, pruner, solver, shards, observer, device)
+
+
+def _noted_perplexity(
+    journal: Journal,
+    checkpoint: Checkpoint,
+    tokens: TextTokens,
+    observer: Observer,
+    memory_budget: int | None,
+    device: torch.device,
+) -> dict[str, Any]:
+    """The perplexity before pruning, measured once however often the run is interrupted."""
+    if not journal.notes("perplexity"):
+        journal.note("perplexity", _measure(checkpoint, tokens, observer, memory_budget, device).to_dict())
+    return journal.notes("perplexity")[0]
 
 
 def _text_tokens(

@@ -111,7 +111,9 @@ class PruneSpec:
     strict: bool = False
     device: str = "auto"  # where masks are solved and layers run: auto, cpu, cuda or cuda:i
     fallback: bool = False  # let plain torch solve masks on a GPU that a kernel does not compile for
+    allow_nonfinite: bool = False  # copy tensors with NaN or infinite weights instead of refusing them
     overwrite: bool = False
+    resume: bool | None = None  # go on with what an interrupted run left, or start over; None refuses to choose
 
     def choice(self, name: str) -> Choice | None:
         """What the rules say of a tensor, or else the defaults."""

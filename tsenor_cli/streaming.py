@@ -7,6 +7,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import replace
 from functools import cache, partial
 from itertools import cycle, starmap
 from typing import Any, TypeAlias, TypeVar
@@ -14,7 +15,7 @@ from typing import Any, TypeAlias, TypeVar
 import torch
 
 from tsenor_cli.checkpoint.layouts import from_matrices, to_matrices
-from tsenor_cli.checkpoint.plan import TensorPlan, bands
+from tsenor_cli.checkpoint.plan import Plan, TensorPlan, bands
 from tsenor_cli.checkpoint.writer import OutputShards
 from tsenor_cli.device import CPU
 from tsenor_cli.errors import InputRefused
@@ -32,11 +33,11 @@ IN_FLIGHT = 3  # bands on a GPU at a time
 
 def copy_tensor(item: TensorPlan, shards: OutputShards, observer: Observer) -> TensorRecord:
     """Byte for byte."""
-    with shards.place_of(item.tensor) as file:
+    with shards.place_of(item.tensor) as place:
         for chunk in item.tensor.chunks():
-            file.write(chunk)
+            place.write(chunk)
             observer.advanced(item.tensor.name, len(chunk))
-    return kept_record(item)
+    return kept_record(item, place.sha256())
 
 
 def prune_bands(
@@ -55,7 +56,7 @@ def prune_bands(
     assert item.layout is not None
     assert item.choice is not None
     tally, m = Tally(), item.choice.pattern.m
-    with shards.place_of(item.tensor) as file:
+    with shards.place_of(item.tensor) as place:
         if device.type == "cpu":
             results: Iterator[_Pruned] = starmap(
                 partial(_prune_band, item, pruner, solver), bands(item.tensor, item.layout, m)
@@ -66,10 +67,10 @@ def prune_bands(
             numbered = ((stream, *part) for stream, part in zip(streams, parts, strict=False))
             results = _some_ahead(partial(_prune_band_on_gpu, item, pruner, solver, device), numbered, IN_FLIGHT)
         for pruned, part in results:
-            file.write(pruned.view(-1).view(torch.uint8).numpy().data)
+            place.write(pruned.view(-1).view(torch.uint8).numpy().data)
             observer.advanced(item.tensor.name, pruned.nbytes)
             tally.merge(part)
-    return tally.record(item)
+    return tally.record(item, place.sha256())
 
 
 def _prune_band(item: TensorPlan, pruner: Pruner, solver: SolveMask, first: int, last: int) -> _Pruned:
@@ -128,7 +129,28 @@ def _some_ahead(work: Callable[..., T], arguments: Iterable[tuple[Any, ...]], co
 
 def check_finite(item: TensorPlan, weight: torch.Tensor) -> None:
     """Refuse NaN and infinity, which cannot be ranked."""
-    if not all(map(math.isfinite, torch.stack(torch.aminmax(weight)).tolist())):  # NaN travels through min and max
+    if not _is_finite(weight):
         raise InputRefused(
-            f"{item.tensor.name} has NaN or infinite weights", "the checkpoint is damaged: fetch it again"
+            f"{item.tensor.name} has NaN or infinite weights",
+            "fetch the checkpoint again, or copy such tensors as they are with --allow-nonfinite",
         )
+
+
+def leave_nonfinite(plan: Plan) -> Plan:
+    """The plan with every tensor kept that has NaN or infinite weights; all that are to be pruned are read for that."""
+    return replace(plan, tensors=tuple(map(_kept_if_nonfinite, plan.tensors)))
+
+
+def _kept_if_nonfinite(item: TensorPlan) -> TensorPlan:
+    if not item.pruned:
+        return item
+    assert item.layout is not None
+    assert item.choice is not None
+    parts = bands(item.tensor, item.layout, item.choice.pattern.m)
+    if all(_is_finite(item.tensor.read(first, last)) for first, last in parts):
+        return item
+    return replace(item, reason="it has NaN or infinite weights")
+
+
+def _is_finite(weight: torch.Tensor) -> bool:
+    return all(map(math.isfinite, torch.stack(torch.aminmax(weight)).tolist()))  # NaN travels through min and max

@@ -76,7 +76,7 @@ def test_columns_are_checked_even_if_every_row_is_right(sparse):
 
 def test_fewer_nonzeros_are_allowed_and_said(sparse):
     edit(sparse, NAME, lambda w: w.__setitem__(first(w != 0), 0.0))
-    result = verify(str(sparse))
+    result = verify(str(sparse), NMPattern(2, 4))  # by its report it would have to have the report's bytes
     assert result.ok
     assert {tensor.name: tensor.exact for tensor in result.tensors}[NAME] is False
 
@@ -104,8 +104,15 @@ def test_the_place_is_counted_over_the_whole_tensor(sparse, monkeypatch):
 
 def test_a_kept_weight_that_changed(sparse, pristine_llama):
     edit(sparse, NAME, lambda w: w.__setitem__(first(w != 0), 7.0))
-    assert verify(str(sparse)).ok
+    assert verify(str(sparse), NMPattern(2, 4)).ok
     assert "not the original's" in failures(sparse, against=str(pristine_llama))[NAME]
+
+
+@pytest.mark.parametrize("name", [NAME, "model.norm.weight", "lm_head.weight"])
+def test_bytes_that_are_not_those_of_the_report(sparse, name):
+    """What no pattern forbids, and what only the original could tell."""
+    edit(sparse, name, lambda w: w.view(-1).__setitem__(first(w.view(-1) != 0), 7.0))
+    assert failures(sparse) == {name: "its bytes are not those that the report was written for"}
 
 
 @pytest.mark.parametrize("name", ["model.norm.weight", "lm_head.weight", "model.layers.9.mtp.weight"])

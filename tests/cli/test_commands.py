@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import shutil
 import signal
 import subprocess
 import sys
@@ -279,40 +277,90 @@ def test_a_bug_shows_its_traceback(tsenor, llama, monkeypatch):
         tsenor("prune", llama, "--nm", "2:4")
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
-def test_signals_leave_nothing_behind(llama, tmp_path, number, code):
-    """Real signals to a real process that is in the middle of writing."""
-    slow = (
-        "import time; import tsenor_cli.pipeline as p; real = p.prune_bands;"
-        "p.prune_bands = lambda *a: (time.sleep(0.3), real(*a))[1];"
-        "from tsenor_cli.__main__ import main; main()"
-    )
-    work = tmp_path / "work"
+SLOW = (  # as on a large checkpoint
+    "import time; import tsenor_cli.pipeline as p; real = p.prune_bands;"
+    "p.prune_bands = lambda *a: (real(*a), time.sleep(0.3))[0];"
+    "from tsenor_cli.__main__ import main; main()"
+)
+
+
+def running(code, *arguments, cwd):
+    """A real process in the middle of pruning: something is finished, and noted."""
     process = subprocess.Popen(
-        [sys.executable, "-c", slow, "prune", str(llama), "--nm", "2:4"], cwd=work, stderr=subprocess.PIPE, text=True
+        [sys.executable, "-c", code, *map(str, arguments)], cwd=cwd, stderr=subprocess.PIPE, text=True
     )
     deadline = time.monotonic() + 60
-    while not list(work.glob("*.tsenor-partial/*.safetensors")):
+    while not any(b"\n" in path.read_bytes().partition(b"\n")[2] for path in cwd.glob("*.tsenor-partial/journal")):
         assert time.monotonic() < deadline
+        assert process.poll() is None
         time.sleep(0.02)
-    os.kill(process.pid, number)
-    _, err = process.communicate(timeout=60)
-    assert process.returncode == code, err
-    assert err.count("\n") == 1, err
-    assert untouched(work)
+    return process
 
 
 @pytest.mark.slow
-def test_a_killed_run_is_swept_by_the_next(llama, tmp_path):
-    work = tmp_path / "work"
-    partial = work / "llama-2of4-transposable.tsenor-partial"
-    shutil.copytree(llama, partial)
-    done = subprocess.run(
-        [*TSENOR, "prune", str(llama), "--nm", "2:4", "-q"], cwd=work, capture_output=True, text=True, check=True
+@pytest.mark.parametrize(("number", "code", "what"), [("SIGINT", 130, "interrupted"), ("SIGTERM", 143, "terminated")])
+def test_signals_stop_where_the_run_can_go_on(tsenor, llama, tmp_path, number, code, what):
+    """Real signals to a real process that is in the middle of writing."""
+    process = running(SLOW, "prune", llama, "--nm", "2:4", cwd=tmp_path / "work")
+    process.send_signal(getattr(signal, number))
+    _, err = process.communicate(timeout=60)
+    assert (process.returncode, err) == (
+        code,
+        f"tsenor: error: {what}; the same command with --resume goes on where this one stopped\n",
     )
-    assert done.stdout == "llama-2of4-transposable\n"
-    assert [path.name for path in work.iterdir()] == ["llama-2of4-transposable"]
+    fails(tsenor("prune", llama, "--nm", "2:4"), 5, "--resume")
+    done = tsenor("prune", llama, "--nm", "2:4", "--resume", "-q")
+    assert (done.code, done.out, done.err) == (0, "llama-2of4-transposable\n", "")
+    assert tsenor("verify", "llama-2of4-transposable", "--against", llama).code == 0
+    assert [path.name for path in (tmp_path / "work").iterdir()] == ["llama-2of4-transposable"]
+
+
+DEAF = (  # as in the factorisation of a large Gram matrix; the second time, when something is finished
+    "import torch; import tsenor_cli.pipeline as p; real = p.prune_bands; calls = [];"
+    "long = lambda: torch.linalg.eigh(torch.rand(6000, 6000, dtype=torch.float64));"
+    "p.prune_bands = lambda *a: (calls.append(1), len(calls) == 2 and long(), real(*a))[2];"
+    "from tsenor_cli.__main__ import main; main()"
+)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("signals", [1, 2])
+def test_a_computation_that_does_not_listen_is_left_alone(llama, tmp_path, signals):
+    """Minutes inside C, where Python handles no signal: the process ends all the same, after a second one at once."""
+    process = running(DEAF, "prune", llama, "--nm", "2:4", cwd=tmp_path / "work")
+    started = time.monotonic()
+    for _ in range(signals):
+        process.send_signal(signal.SIGINT)
+        time.sleep(0.1)
+    _, err = process.communicate(timeout=60)
+    seconds = time.monotonic() - started
+    assert process.returncode == 130
+    assert err.startswith("tsenor: error: interrupted, without waiting for what was being computed; the same command")
+    assert err.count("\n") == 1
+    assert (0.1 * signals <= seconds < 1.2) if signals == 2 else (1.4 <= seconds < 5)
+
+
+@pytest.mark.slow
+def test_resume_is_idempotent(tsenor, llama, tmp_path):
+    """A CI job can always say --resume: there may be nothing to go on with, or nothing left to do."""
+    assert tsenor("prune", llama, "--nm", "2:4", "--resume", "-q", "-o", "out").code == 0
+    written = {path: path.stat().st_mtime_ns for path in (tmp_path / "work" / "out").iterdir()}
+    again = tsenor("prune", llama, "--nm", "2:4", "--resume", "-q", "-o", "out")
+    assert (again.code, again.out) == (0, "out\n")
+    assert {path: path.stat().st_mtime_ns for path in (tmp_path / "work" / "out").iterdir()} == written
+    fails(tsenor("prune", llama, "--nm", "1:4", "--resume", "-o", "out"), 5, "exists")
+
+
+def test_what_is_not_finite_is_copied_if_it_may(tsenor, llama):
+    nan_weight(llama)
+    fails(tsenor("prune", llama, "--nm", "2:4"), 3, "--allow-nonfinite")
+    done = tsenor("prune", llama, "--nm", "2:4", "--allow-nonfinite", "--json", "-q")
+    report = json.loads(done.out)
+    kept = {record["name"]: record["reason"] for record in report["tensors"] if record["prunable"] and record["reason"]}
+    assert kept == {"model.layers.1.mlp.up_proj.weight": "it has NaN or infinite weights"}
+    assert report["summary"]["coverage"] < 1
+    assert tsenor("verify", "llama-2of4-transposable", "--against", llama).code == 0
+    fails(tsenor("prune", llama, "--nm", "2:4", "--allow-nonfinite", "--min-coverage", "1", "-o", "x"), 4, "coverage")
 
 
 # --- bench ------------------------------------------------------------------------------------------------------------

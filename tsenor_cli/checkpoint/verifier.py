@@ -3,12 +3,14 @@
 Per pruned tensor: no group of M along the input axis (and, transposable, along the output axis) has more than N
 nonzeros, no zero is negative, every value is finite. A kept weight may be zero in the original, so fewer than N is
 allowed; `exact` says whether every group has N.
+Every tensor has the hash that the report names, unless a pattern was given in the report's stead.
 Against the original: every tensor that was not pruned is bit-identical, and so is every other file; for methods that
 only mask, every weight that is not zero is the original's.
 """
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field, replace
 from itertools import zip_longest
@@ -72,6 +74,7 @@ class _Claim:
     """What the checkpoint is said to be: by its own report, or by the user's pattern."""
 
     tensors: dict[str, _PrunedClaim]  # those said to be pruned
+    hashes: dict[str, str] = field(default_factory=dict)  # of every tensor's bytes, if the report is to be believed
 
     @property
     def patterns(self) -> list[NMPattern]:
@@ -106,6 +109,12 @@ def verify_checkpoint(
         _check_pruned(tensor, claimed.layout, claimed.pattern, source if comparable else None, result, advanced)
     if original is not None:
         result.failures += _differences(checkpoint, original, set(claim.tensors), advanced)
+    failed = {failure.where for failure in result.failures}
+    result.failures += (
+        Failure(name, "its bytes are not those that the report was written for")
+        for name, tensor in checkpoint.tensors.items()
+        if name in claim.hashes and name not in failed and _sha256(tensor) != claim.hashes[name]
+    )
     return result
 
 
@@ -130,7 +139,9 @@ def _claim_of_report(path: Path, pattern: NMPattern | None) -> _Claim:
     report = read_object(path)
     try:
         pruned = [record for record in report["tensors"] if record["action"] == "pruned"]
-        return _Claim({record["name"]: _claim_of_record(record, report, pattern) for record in pruned})
+        tensors = {record["name"]: _claim_of_record(record, report, pattern) for record in pruned}
+        hashes = {record["name"]: str(record["sha256"]) for record in report["tensors"]}
+        return _Claim(tensors, hashes if pattern is None else {})
     except (KeyError, TypeError, ValueError, UsageError) as error:
         raise InputRefused(f"{path} is not a report of tsenor ({error})", "remove it and give --nm N:M") from error
 
@@ -139,6 +150,13 @@ def _claim_of_record(record: dict[str, Any], report: dict[str, Any], pattern: NM
     claimed = NMPattern.parse(record["pattern"], transposable=record["transposable"])
     mask_only = record["method"] not in UPDATING or not report["options"]["update"]
     return _PrunedClaim(pattern or claimed, LAYOUTS[LAYOUTS.index(record["layout"])], mask_only)
+
+
+def _sha256(tensor: DiskTensor) -> str:
+    digest = hashlib.sha256()
+    for chunk in tensor.chunks():
+        digest.update(chunk)
+    return digest.hexdigest()
 
 
 def _check_pruned(

@@ -6,13 +6,9 @@ Exit codes: 0 ok · 1 failed · 2 usage · 3 input refused · 4 a check fell sho
 
 from __future__ import annotations
 
-import contextlib
 import os
-import signal
 import sys
-from collections.abc import Iterator, Sequence
-from types import FrameType
-from typing import NoReturn
+from collections.abc import Sequence
 
 import click
 
@@ -21,14 +17,12 @@ from tsenor_cli.cli.bench import bench
 from tsenor_cli.cli.eval import evaluate
 from tsenor_cli.cli.inspect import inspect
 from tsenor_cli.cli.prune import prune
+from tsenor_cli.cli.signals import Stopped, signals_raise
 from tsenor_cli.cli.verify import verify
 from tsenor_cli.errors import TsenorError
 
-_EXIT_CODES = {signal.SIGINT: (130, "interrupted"), signal.SIGTERM: (143, "terminated")}
-
-
-class _StoppedError(BaseException):
-    """A signal, raised where the program stands so that everything is cleaned up on the way out."""
+_ERROR_LINE = "tsenor: error: {}"
+_RESUME = "; the same command with --resume goes on where this one stopped"
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
@@ -51,7 +45,7 @@ cli.add_command(bench)
 def run(arguments: Sequence[str]) -> int:
     """Run one command and return its exit code; every expected failure is one line on stderr."""
     try:
-        with _signals_raise():
+        with signals_raise(_ERROR_LINE.format("{}" + _RESUME * (arguments[:1] == ["prune"]))):
             cli.main(list(arguments), prog_name="tsenor", standalone_mode=False)
             sys.stdout.flush()
             return 0
@@ -59,10 +53,9 @@ def run(arguments: Sequence[str]) -> int:
         command = error.ctx.command_path if isinstance(error, click.UsageError) and error.ctx else "tsenor"
         return _fail(f"{error.format_message()} (see {command} --help)", error.exit_code)
     except TsenorError as error:
-        return _fail(str(error), error.exit_code)
-    except _StoppedError as stopped:
-        code, what = _EXIT_CODES[stopped.args[0]]
-        return _fail(f"{what}; no output was written", code)
+        return _fail(_with_notes(str(error), error), error.exit_code)
+    except Stopped as stopped:
+        return _fail(_with_notes(stopped.what, stopped), stopped.exit_code)
     except BrokenPipeError:
         # The reader of stdout has gone: nothing more can be said there. Keep the interpreter's last flush quiet.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -74,20 +67,10 @@ def run(arguments: Sequence[str]) -> int:
 def _fail(message: str, code: int) -> int:
     # Names from a checkpoint may hold anything; a terminal must not obey them.
     line = "".join(char if char.isprintable() else char.encode("unicode_escape").decode() for char in message)
-    click.echo(f"tsenor: error: {line}", err=True)
+    click.echo(_ERROR_LINE.format(line), err=True)
     return code
 
 
-@contextlib.contextmanager
-def _signals_raise() -> Iterator[None]:
-    """Ctrl-C and SIGTERM as exceptions of our own (click answers KeyboardInterrupt with exit 1)."""
-
-    def stop(number: int, _frame: FrameType | None) -> NoReturn:
-        raise _StoppedError(number)
-
-    before = {number: signal.signal(number, stop) for number in _EXIT_CODES}
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
+def _with_notes(message: str, error: BaseException) -> str:
+    """What is left after a run that failed is in the notes of its error (checkpoint/staging.py)."""
+    return "; ".join([message, *getattr(error, "__notes__", ())])

@@ -38,6 +38,11 @@ if TYPE_CHECKING:
     "--overwrite", is_flag=True, help="Replace an existing checkpoint at the output, once the new one is complete."
 )
 @click.option(
+    "--resume/--no-resume",
+    default=None,
+    help="Go on where an interrupted run stopped, if there was one, or start over.  [default: refuse to choose]",
+)
+@click.option(
     "--standard/--transposable",
     default=None,
     help="Row-wise N:M along the input axis only, or rows and columns of every tile.  [default: transposable]",
@@ -110,6 +115,11 @@ if TYPE_CHECKING:
     default=0.0,
     show_default=True,
     help="Exit 4 unless at least this share of the prunable parameters is pruned.",
+)
+@click.option(
+    "--allow-nonfinite",
+    is_flag=True,
+    help="Copy tensors with NaN or infinite weights as they are, instead of refusing the checkpoint.",
 )
 @click.option("--strict", is_flag=True, help="Exit 4 if M does not divide a prunable tensor, instead of skipping it.")
 @device_option

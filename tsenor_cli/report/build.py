@@ -14,7 +14,9 @@ from typing import Any
 import torch
 
 from tsenor_cli import __version__
+from tsenor_cli.checkpoint.journal import Identity
 from tsenor_cli.checkpoint.plan import Plan, TensorPlan
+from tsenor_cli.checkpoint.staging import identity_sha256
 from tsenor_cli.masks.apply import count_zeros
 from tsenor_cli.masks.solution import Status
 from tsenor_cli.pruners.base import Calibrated, PrunedLayer
@@ -69,10 +71,10 @@ class Tally:
         self.calibrations += part.calibrations
         self.fallbacks += part.fallbacks
 
-    def record(self, item: TensorPlan) -> TensorRecord:
+    def record(self, item: TensorPlan, sha256: str) -> TensorRecord:
         assert item.choice is not None
         return TensorRecord(
-            **_facts(item),
+            **_facts(item, sha256),
             action="pruned",
             pattern=str(item.choice.pattern),
             transposable=item.choice.pattern.transposable,
@@ -111,9 +113,9 @@ def _calibration_facts(parts: list[Calibrated]) -> dict[str, Any]:
     return facts
 
 
-def kept_record(item: TensorPlan) -> TensorRecord:
+def kept_record(item: TensorPlan, sha256: str) -> TensorRecord:
     """The record of a tensor that was copied."""
-    return TensorRecord(**_facts(item), action="kept", reason=item.reason)
+    return TensorRecord(**_facts(item, sha256), action="kept", reason=item.reason)
 
 
 def energy(weight: torch.Tensor) -> float:
@@ -123,6 +125,7 @@ def energy(weight: torch.Tensor) -> float:
 
 def build_report(
     spec: PruneSpec,
+    identity: Identity,
     plan: Plan,
     records: list[TensorRecord],
     citations: dict[str, str],
@@ -134,8 +137,9 @@ def build_report(
     """Gather the whole report of a finished run."""
     checkpoint, pattern = plan.checkpoint, spec.pattern
     return Report(
+        identity=identity_sha256(identity),
         tsenor_version=__version__,
-        versions={"python": platform.python_version(), **{name: version(name) for name in _PACKAGES}},
+        versions=versions(),
         model={
             "source": spec.model,
             "revision": checkpoint.revision,
@@ -143,24 +147,7 @@ def build_report(
             "model_type": checkpoint.config.get("model_type"),
         },
         pattern=asdict(pattern) if pattern is not None else None,
-        options={
-            "method": spec.method,
-            "rules": [_rule(rule) for rule in spec.rules],
-            "solver": spec.solver,
-            "tau": spec.tau,
-            "iterations": spec.iterations,
-            "local_search": spec.local_search,
-            "update": spec.update,
-            "damping": spec.damping,
-            "few_tokens": spec.few_tokens,
-            "memory_budget": spec.memory_budget,
-            "only": list(spec.only),
-            "ignore": list(spec.ignore),
-            "min_coverage": spec.min_coverage,
-            "strict": spec.strict,
-            "device": spec.device,
-            "fallback": spec.fallback,
-        },
+        options={**deciding_options(spec), "memory_budget": spec.memory_budget, "device": spec.device},
         citations={name: citations[name] for name in sorted({r.method for r in records if r.method is not None})},
         device=device,
         threads=torch.get_num_threads(),
@@ -170,6 +157,32 @@ def build_report(
         perplexity=perplexity,
         left_out_files=[str(path) for path in checkpoint.left_out_files],
     )
+
+
+def versions() -> dict[str, str]:
+    """Of everything that takes part in the result."""
+    return {"python": platform.python_version(), **{name: version(name) for name in _PACKAGES}}
+
+
+def deciding_options(spec: PruneSpec) -> dict[str, Any]:
+    """The options that can change the bytes of the output, but for pattern and texts."""
+    return {
+        "method": spec.method,
+        "rules": [_rule(rule) for rule in spec.rules],
+        "solver": spec.solver,
+        "tau": spec.tau,
+        "iterations": spec.iterations,
+        "local_search": spec.local_search,
+        "update": spec.update,
+        "damping": spec.damping,
+        "few_tokens": spec.few_tokens,
+        "only": list(spec.only),
+        "ignore": list(spec.ignore),
+        "min_coverage": spec.min_coverage,
+        "strict": spec.strict,
+        "fallback": spec.fallback,
+        "allow_nonfinite": spec.allow_nonfinite,
+    }
 
 
 def _rule(rule: Rule) -> dict[str, Any]:
@@ -221,7 +234,7 @@ def peak_memory_bytes() -> int:
     return peak if sys.platform == "darwin" else peak * 1024  # macOS counts bytes, others KiB
 
 
-def _facts(item: TensorPlan) -> dict[str, Any]:
+def _facts(item: TensorPlan, sha256: str) -> dict[str, Any]:
     tensor = item.tensor
     return {
         "name": tensor.name,
@@ -229,6 +242,7 @@ def _facts(item: TensorPlan) -> dict[str, Any]:
         "dtype": tensor.dtype,
         "shape": list(tensor.shape),
         "parameters": tensor.parameters,
+        "sha256": sha256,
         "prunable": item.prunable,
         "layout": item.layout,
     }

@@ -6,7 +6,7 @@ import json
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-SCHEMA_VERSION = 2
+SCHEMA_VERSION = 3
 
 
 @dataclass(frozen=True)
@@ -18,6 +18,7 @@ class TensorRecord:
     dtype: str
     shape: list[int]
     parameters: int
+    sha256: str  # of its bytes in the output
     prunable: bool  # a weight of a linear map in the model's body: counts in the coverage
     action: str  # "pruned" or "kept"
     reason: str | None = None  # why it was kept
@@ -70,6 +71,7 @@ class Summary:
 class Report:
     """The whole of tsenor-report.json."""
 
+    identity: str  # a hash of everything that decides the bytes of the output: equal for equal runs
     tsenor_version: str
     versions: dict[str, str]
     model: dict[str, Any]  # source, revision, architecture, model_type
@@ -87,6 +89,12 @@ class Report:
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
+
+    @classmethod
+    def from_dict(cls, facts: dict[str, Any]) -> Report:
+        """What `to_dict` made, of the same version."""
+        tensors = [TensorRecord(**record) for record in facts["tensors"]]
+        return cls(**{**facts, "summary": Summary(**facts["summary"]), "tensors": tensors})
 
     def to_json(self) -> str:
         return json.dumps(self.to_dict(), indent=1, allow_nan=False) + "\n"

@@ -1,0 +1,58 @@
+"""What makes two runs the same: everything that decides the bytes of the output, by the names that users know.
+
+A run goes on where another one stopped only if all of it is equal (checkpoint/staging.py). Where things are, and what
+only costs time or memory, is not part of it.
+"""
+
+from __future__ import annotations
+
+import json
+from typing import TYPE_CHECKING
+
+import torch
+
+from tsenor_cli import __version__
+from tsenor_cli.checkpoint.journal import Identity
+from tsenor_cli.checkpoint.plan import Plan
+from tsenor_cli.report.build import deciding_options, versions
+from tsenor_cli.specs import PruneSpec
+
+if TYPE_CHECKING:
+    from tsenor_cli.calibration.tokens import TextTokens
+
+
+def run_identity(
+    spec: PruneSpec, plan: Plan, device: str, tokens: TextTokens | None, eval_tokens: TextTokens | None
+) -> Identity:
+    """The identity of a run.
+
+    Files of the model are known by size and time of change, as make and git know them: reading all of a large
+    checkpoint would take as long as pruning it.
+    """
+    found = {"tsenor": __version__, **versions(), "the device": device}
+    found["--nm"] = f"{spec.pattern} {spec.pattern.kind}" if spec.pattern is not None else "left to the recipe"
+    found |= {_option(name): json.dumps(value) for name, value in deciding_options(spec).items()}
+    if plan.calibrated:  # sums depend on how they are cut into parts
+        found["the number of threads"] = str(torch.get_num_threads())
+    found |= {"the calibration text": _text(tokens), "the text of --eval": _text(eval_tokens)}
+    checkpoint = plan.checkpoint
+    for path in [
+        *(shard.path.relative_to(checkpoint.directory) for shard in checkpoint.shards),
+        *checkpoint.other_files,
+    ]:
+        facts = (checkpoint.directory / path).stat()
+        found[f"{path} in the model"] = f"{facts.st_size} bytes of time {facts.st_mtime_ns}"
+    return found
+
+
+def _option(field: str) -> str:
+    """The option of the command line that sets a field of PruneSpec."""
+    names = {"rules": "--recipe", "update": "--no-update"}
+    return names.get(field) or "--" + field.replace("_", "-")
+
+
+def _text(tokens: TextTokens | None) -> str:
+    if tokens is None:
+        return "none"
+    samples, length = tokens.windows.shape
+    return f"{samples} windows of {length} tokens {tokens.tokens_sha256}"
