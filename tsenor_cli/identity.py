@@ -32,7 +32,7 @@ def run_identity(
     found = {"tsenor": __version__, **versions(), "the device": device}
     found["--nm"] = f"{spec.pattern} {spec.pattern.kind}" if spec.pattern is not None else "left to the recipe"
     found |= {_option(name): json.dumps(value) for name, value in deciding_options(spec).items()}
-    if plan.calibrated:  # sums depend on how they are cut into parts
+    if plan.calibrated or eval_tokens is not None:  # sums depend on how they are cut into parts
         found["the number of threads"] = str(torch.get_num_threads())
     found |= {"the calibration text": _text(tokens), "the text of --eval": _text(eval_tokens)}
     checkpoint = plan.checkpoint

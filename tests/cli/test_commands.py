@@ -317,7 +317,7 @@ def test_signals_stop_where_the_run_can_go_on(tsenor, llama, tmp_path, number, c
 
 DEAF = (  # as in the factorisation of a large Gram matrix; the second time, when something is finished
     "import torch; import tsenor_cli.pipeline as p; real = p.prune_bands; calls = [];"
-    "long = lambda: torch.linalg.eigh(torch.rand(6000, 6000, dtype=torch.float64));"
+    "matrix = torch.rand(6000, 6000, dtype=torch.float64); long = lambda: torch.linalg.eigh(matrix);"
     "p.prune_bands = lambda *a: (calls.append(1), len(calls) == 2 and long(), real(*a))[2];"
     "from tsenor_cli.__main__ import main; main()"
 )
@@ -328,6 +328,7 @@ DEAF = (  # as in the factorisation of a large Gram matrix; the second time, whe
 def test_a_computation_that_does_not_listen_is_left_alone(llama, tmp_path, signals):
     """Minutes inside C, where Python handles no signal: the process ends all the same, after a second one at once."""
     process = running(DEAF, "prune", llama, "--nm", "2:4", cwd=tmp_path / "work")
+    time.sleep(1)  # until it is in there
     started = time.monotonic()
     for _ in range(signals):
         process.send_signal(signal.SIGINT)

@@ -111,7 +111,7 @@ def staged_output(output: Path, identity: Identity, *, overwrite: bool, resume: 
     """
     partial = _partial(output)
     with _plain_failures(output):
-        output.parent.mkdir(parents=True, exist_ok=True)
+        _make_directory(output.parent)
         with _only_writer(output):
             _recover(partial, output)
             if os.path.lexists(output) and not overwrite:
@@ -247,6 +247,14 @@ def _with_notes(plain: TsenorError, error: BaseException) -> TsenorError:
     for note in getattr(error, "__notes__", ()):
         plain.add_note(note)
     return plain
+
+
+def _make_directory(path: Path) -> None:
+    """With its parents, so that a power cut does not take them away again."""
+    if not path.is_dir():
+        _make_directory(path.parent)
+        path.mkdir(exist_ok=True)
+        _sync_directory(path.parent)
 
 
 def _sync_directories(root: Path) -> None:
