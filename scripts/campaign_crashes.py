@@ -42,8 +42,6 @@ def main() -> None:
             wrong = [fault for scene in scenes for fault in campaign(stage, scene, arguments.every)]
             wrong += random_times(stage, scenes, arguments.times)
     print(f"{len(wrong)} faults")
-    for fault in wrong:
-        print(fault)
     sys.exit(bool(wrong))
 
 
@@ -75,6 +73,7 @@ def judged(scene: Scene, what: str, places: list[int], judge: Callable[[int], ob
             judge(at)
         except AssertionError as fault:
             wrong.append(f"{scene.name}, {what}, call {at}: {fault}")
+            print(wrong[-1], flush=True)
     return wrong
 
 
@@ -89,6 +88,7 @@ def random_times(stage: Stage, scenes: list[Scene], count: int) -> list[str]:
         except AssertionError as fault:
             killed += 1
             wrong.append(f"{scene.name}, killed after {seconds:.3f} s: {fault}")
+            print(wrong[-1], flush=True)
     print(f"{killed} kills at random times, {len(wrong)} faults", flush=True)
     return wrong
 
