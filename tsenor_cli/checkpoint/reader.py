@@ -9,6 +9,7 @@ The format: an 8-byte little-endian header length, a JSON header, then the tenso
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
@@ -17,7 +18,7 @@ from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tsenor_cli.checkpoint.jsonfile import parse_object, read_object
+from tsenor_cli.checkpoint.jsonfile import MAX_JSON_BYTES, parse_object, read_object
 from tsenor_cli.checkpoint.source import OTHER_WEIGHT_FORMATS
 from tsenor_cli.errors import InputRefused
 
@@ -25,7 +26,6 @@ if TYPE_CHECKING:
     import torch
 
 SINGLE_FILE, INDEX_FILE = "model.safetensors", "model.safetensors.index.json"
-MAX_HEADER_BYTES = 100_000_000  # safetensors' own limit
 COPY_BYTES = 4 * 2**20
 
 # Bits per element. Only the first four can be pruned; the rest are copied, or mark a quantised checkpoint.
@@ -181,7 +181,7 @@ def read_shard(path: Path) -> Shard:
     size = path.stat().st_size
     with path.open("rb") as file:
         length = int.from_bytes(file.read(8), "little") if size >= 8 else -1
-        if not 2 <= length <= min(MAX_HEADER_BYTES, size - 8):
+        if not 2 <= length <= min(MAX_JSON_BYTES, size - 8):
             raise InputRefused(f"{path} is not a whole safetensors file", "it is damaged or cut short: fetch it again")
         header = file.read(length)
     entries = parse_object(header, f"the header of {path}")
@@ -254,8 +254,8 @@ def _weight_map(directory: Path) -> dict[str, str]:
 def _check_index(checkpoint: Checkpoint) -> None:
     """Every tensor stands in exactly one shard, and in the one that the index names."""
     if len(checkpoint.tensors) != sum(len(shard.tensors) for shard in checkpoint.shards):
-        names = [tensor.name for shard in checkpoint.shards for tensor in shard.tensors]
-        twice = next(name for name in names if names.count(name) > 1)
+        names = Counter(tensor.name for shard in checkpoint.shards for tensor in shard.tensors)
+        twice = next(name for name, count in names.items() if count > 1)
         raise InputRefused(f"{checkpoint.directory}: tensor {twice!r} is in two shards", "fetch the checkpoint again")
     if not (checkpoint.directory / INDEX_FILE).is_file():
         return
@@ -302,7 +302,10 @@ def _fill(file: Any, buffer: memoryview, path: Path) -> None:  # noqa: ANN401  (
     """Read exactly len(buffer) bytes: one read() may return fewer."""
     done = 0
     while done < len(buffer):
-        count = file.readinto(buffer[done:])
+        try:
+            count = file.readinto(buffer[done:])
+        except OSError as error:  # reading does not name the file
+            raise OSError(error.errno, error.strerror, str(path)) from error
         if not count:
             raise InputRefused(f"{path} became shorter while it was read", "keep the checkpoint still during the run")
         done += count

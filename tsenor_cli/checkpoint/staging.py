@@ -124,6 +124,9 @@ def staged_output(output: Path, identity: Identity, *, overwrite: bool, resume: 
             except OutputUnavailable:
                 raise
             except BaseException as error:
+                if (old := partial / "old").exists() and not os.path.lexists(output):
+                    error.add_note(f"the old output is in {old}, and the next run puts it back")
+                    raise
                 if is_finished(output, identity):
                     error.add_note("the output is complete all the same")
                 elif _worth_keeping(partial, error):

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Callable
+from functools import partial
 
 import torch
 import transformers
 from transformers import AutoConfig, AutoModel, PretrainedConfig, PreTrainedModel
 
+from tsenor_cli.checkpoint.adapter.bounds import bounded_memory, bounded_modules
 from tsenor_cli.checkpoint.reader import TORCH_NAMES, Checkpoint
 from tsenor_cli.errors import InputRefused
 
@@ -18,13 +21,18 @@ def meta_model(checkpoint: Checkpoint) -> PreTrainedModel:
     Raises:
         InputRefused: transformers has no model for this config, or it needs remote code.
     """
+    _refuse_remote_code(checkpoint)
     try:
-        config = AutoConfig.from_pretrained(checkpoint.directory, trust_remote_code=False, local_files_only=True)
+        with bounded_memory():
+            config = AutoConfig.from_pretrained(checkpoint.directory, trust_remote_code=False, local_files_only=True)
         if config.dtype is None:
             config.dtype = _first_dtype(checkpoint)
-        with torch.device("meta"), warnings.catch_warnings():
+        build = _builder(config)
+        # Tied, split and new parameters are none of the checkpoint's tensors, but no model has several times as many.
+        most = 4 * len(checkpoint.tensors) + 1000
+        with bounded_memory(), bounded_modules(most), torch.device("meta"), warnings.catch_warnings():
             warnings.simplefilter("ignore")  # initialisation has nothing to say about meta tensors
-            return _build(config)
+            return build()
     except InputRefused:
         raise
     except Exception as error:  # configs are foreign input: whatever they break in transformers is their fault
@@ -35,16 +43,27 @@ def meta_model(checkpoint: Checkpoint) -> PreTrainedModel:
         ) from error
 
 
-def _build(config: PretrainedConfig) -> PreTrainedModel:
+def _refuse_remote_code(checkpoint: Checkpoint) -> None:
+    """An attention or experts implementation with a slash in its name would be fetched from the hub and run."""
+    config = checkpoint.config
+    for part in (config, *(value for value in config.values() if isinstance(value, dict))):
+        for key, value in part.items():
+            if key.endswith("_implementation") and "/" in str(value):
+                raise InputRefused(
+                    f"{checkpoint.directory} asks for code from elsewhere ({key} {value!r})",
+                    "remove it from config.json",
+                )
+
+
+def _builder(config: PretrainedConfig) -> Callable[[], PreTrainedModel]:
+    """What builds the model; whatever code that needs is imported by now."""
     names = getattr(config, "architectures", None) or []
-    model: PreTrainedModel
     if not names:
-        model = AutoModel.from_config(config)  # type: ignore[no-untyped-call]
-    elif hasattr(transformers, names[0]):
-        model = getattr(transformers, names[0])._from_config(config)  # noqa: SLF001  (what from_pretrained calls)
-    else:
-        raise InputRefused(f"transformers {transformers.__version__} has no {names[0]}", "upgrade transformers")
-    return model
+        return partial(AutoModel.from_config, config)
+    found = getattr(transformers, names[0], None)
+    if not (isinstance(found, type) and issubclass(found, PreTrainedModel)):
+        raise InputRefused(f"transformers {transformers.__version__} has no model {names[0]!r}", "upgrade transformers")
+    return partial(found._from_config, config)  # noqa: SLF001  (what from_pretrained calls)
 
 
 def _first_dtype(checkpoint: Checkpoint) -> torch.dtype | None:

@@ -33,7 +33,10 @@ class CheckpointTokenizer:
     def __init__(self, directory: Path) -> None:
         try:
             self._tokenizer = AutoTokenizer.from_pretrained(directory, trust_remote_code=False, local_files_only=True)
-        except Exception as error:  # whatever a foreign file breaks is its fault
+        except BaseException as error:  # whatever a foreign file breaks is its fault
+            panic = type(error).__name__ == "PanicException"  # of tokenizers' Rust
+            if not isinstance(error, Exception) and not panic:
+                raise
             reason = (str(error).strip() or type(error).__name__).splitlines()[0]
             raise InputRefused(
                 f"{directory} has no tokenizer that can be loaded ({reason})",
@@ -60,6 +63,8 @@ def window_length(checkpoint: Checkpoint, wanted: int | None) -> int:
     """
     config = AutoConfig.from_pretrained(checkpoint.directory, trust_remote_code=False, local_files_only=True)
     longest = getattr(config.get_text_config(), "max_position_embeddings", None)
+    if not (longest is None or (isinstance(longest, int) and longest >= 2)):
+        raise InputRefused(f"the config has max_position_embeddings {longest!r}", "give it a whole number from 2")
     if wanted is None:
         return min(USUAL_LENGTH, longest or USUAL_LENGTH)
     if wanted < 2 or (longest is not None and wanted > longest):
