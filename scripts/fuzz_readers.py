@@ -57,11 +57,19 @@ REPORT = (
     b'{"options":{"update":true},"tensors":[{"name":"a","action":"pruned","pattern":"2:4","transposable":true,'
     b'"method":"alps","layout":"out_in","sha256":"0"}]}'
 )
+TWO = b'{"a":{"dtype":"F32","shape":[2],"data_offsets":[0,8]},"b":{"dtype":"F32","shape":[2],"data_offsets":[8,16]}}'
+INDEX = b'{"metadata":{"total_size":16},"weight_map":{"a":"model-00001.safetensors"}}'
 SEEDS = (
     b"h" + HEADER,
+    b"h" + TWO,
+    b"h" + TWO.replace(b"[8,16]", b"[0,8]"),  # these are to be refused
+    b"h" + TWO.replace(b"[2]", b"[4]", 1).replace(b"[0,8]", b"[0,16]"),
+    b"h" + HEADER[:-1] + b"," + HEADER[HEADER.index(b'"a"') :],
     b"s" + len(HEADER).to_bytes(8, "little") + HEADER + bytes(16),
     b'h{"a":{"dtype":"F4","shape":[0],"data_offsets":[0,0]}}',
-    b'i{"metadata":{"total_size":16},"weight_map":{"a":"model-00001.safetensors"}}',
+    b"i" + INDEX,
+    b"i" + INDEX.replace(b"model-00001", b"../outside"),
+    b"i" + INDEX.replace(b"}}", b',"b":"model-00001.safetensors"}}'),
     b'c{"architectures":["LlamaForCausalLM"],"text_config":{"quantization_config":null}}',
     b"r" + REPORT,
 )
@@ -71,9 +79,12 @@ class Readers:
     """Every reader of foreign bytes, on files in a directory."""
 
     def __init__(self, directory: Path) -> None:
-        self._directory = directory
-        (directory / "config.json").write_bytes(b"{}")
-        (directory / "model-00001.safetensors").write_bytes(SEEDS[1][1:])
+        self._directory = directory / "inside"
+        self._directory.mkdir()
+        (self._directory / "config.json").write_bytes(b"{}")
+        for name in ("inside/model-00001", "outside"):
+            raw = len(HEADER).to_bytes(8, "little") + HEADER + bytes(16)
+            (directory / f"{name}.safetensors").write_bytes(raw)
 
     def __call__(self, data: bytes) -> None:
         """Let the reader that the first byte chooses read the rest."""
@@ -97,6 +108,8 @@ class Readers:
         path = self._directory / "one.safetensors"
         path.write_bytes(raw)
         shard = reader.read_shard(path)
+        names = [name for name, _ in json.loads(shard.header, object_pairs_hook=list)]
+        assert len(set(names)) == len(names)
         end = 8 + len(shard.header)
         for tensor in shard.tensors:
             assert tensor.start == end
@@ -108,10 +121,10 @@ class Readers:
         (self._directory / "config.json").write_bytes(b"{}")
         (self._directory / reader.INDEX_FILE).write_bytes(raw)
         found = reader.open_checkpoint(self._directory)
-        assert [shard.path.name for shard in found.shards] == ["model-00001.safetensors"]
+        assert [shard.path for shard in found.shards] == [self._directory / "model-00001.safetensors"]
 
     def _config(self, raw: bytes) -> None:
-        (self._directory / reader.INDEX_FILE).write_bytes(SEEDS[3][1:])
+        (self._directory / reader.INDEX_FILE).write_bytes(INDEX)
         (self._directory / "config.json").write_bytes(raw)
         found = reader.open_checkpoint(self._directory)
         assert found.config == jsonfile.parse_object(raw, "the config")

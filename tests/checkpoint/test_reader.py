@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import errno
 import io
 import json
+import os
 import random
+import time
 
 import pytest
 import torch
@@ -193,6 +196,84 @@ def test_a_tensor_in_two_shards_is_refused(tmp_path):
     (tmp_path / INDEX).write_text(json.dumps(index))
     with pytest.raises(InputRefused, match="two shards"):
         open_checkpoint(tmp_path)
+
+
+def test_many_names_of_which_one_is_twice(tmp_path):
+    """In linear time: a hundred thousand tensors of nothing, in two shards."""
+    names = [f"w{number}" for number in range(100_000)]
+    for file, some in (("a", names), ("b", ["other", names[-1]])):
+        entries = {name: {"dtype": "F32", "shape": [0], "data_offsets": [0, 0]} for name in some}
+        one_tensor_file(tmp_path / f"{file}.safetensors", header=json.dumps(entries).encode(), data=b"")
+    (tmp_path / "config.json").write_text(json.dumps(CONFIG))
+    index = {"weight_map": {names[0]: "a.safetensors", "other": "b.safetensors"}}
+    (tmp_path / INDEX).write_text(json.dumps(index))
+    started = time.process_time()
+    with pytest.raises(InputRefused, match="'w99999' is in two shards"):
+        open_checkpoint(tmp_path)
+    assert time.process_time() - started < 30, "quadratic: minutes"
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        b'{"a": "' + b"x" * 33 * 2**20 + b'"}',
+        b'{"a": [' + b"[]," * 1_000_000 + b"1]}",
+        b'{"a": [' + b"{}," * 1_000_000 + b"1]}",
+    ],
+    ids=["bytes", "lists", "objects"],
+)
+def test_json_that_would_unfold_into_too_much(tmp_path, text):
+    (tmp_path / "config.json").write_bytes(text)
+    with pytest.raises(InputRefused, match="larger than"):
+        open_checkpoint(tmp_path)
+    with pytest.raises(InputRefused, match=r"larger than|not a whole"):
+        read_shard(one_tensor_file(tmp_path / "model.safetensors", header=text))
+
+
+def test_the_largest_header_that_is_allowed(tmp_path):
+    entries = ",".join(f'"w{number}":{{"dtype":"F32","shape":[0],"data_offsets":[0,0]}}' for number in range(300_000))
+    shard = read_shard(one_tensor_file(tmp_path / "a.safetensors", header=f"{{{entries}}}".encode(), data=b""))
+    assert len(shard.tensors) == 300_000
+
+
+@pytest.mark.parametrize("depth", [1000, 100_000, 400_000])
+def test_json_of_absurd_depth(tmp_path, depth):
+    (tmp_path / "config.json").write_bytes(b'{"a":' + b"[" * depth + b"]" * depth + b"}")
+    with pytest.raises(InputRefused, match=r"not valid JSON|no safetensors"):
+        open_checkpoint(tmp_path)
+
+
+@pytest.mark.parametrize("file", ["config.json", INDEX, "model-00001-of-00004.safetensors", "LICENSE"])
+@pytest.mark.parametrize("kind", ["fifo", "directory", "device"])
+def test_what_is_no_regular_file_is_refused_and_not_waited_for(llama, file, kind):
+    (llama / file).unlink()
+    if kind == "fifo":
+        os.mkfifo(llama / file)
+    elif kind == "directory":
+        (llama / file).mkdir()
+    else:
+        (llama / file).symlink_to("/dev/zero")
+    if (kind, file) == ("directory", "LICENSE"):
+        assert file not in map(str, open_checkpoint(llama).other_files)
+        return
+    with pytest.raises(InputRefused):
+        _ = open_checkpoint(llama).other_files
+
+
+def test_links_in_a_circle(llama):
+    (llama / "circle").symlink_to(llama)
+    (llama / "loop").symlink_to("loop")
+    with pytest.raises(InputRefused, match="loop"):
+        _ = open_checkpoint(llama).other_files
+
+
+def test_an_input_that_cannot_be_read_is_named():
+    class Broken(io.BytesIO):
+        def readinto(self, _buffer):
+            raise OSError(errno.EIO, "Input/output error")
+
+    with pytest.raises(OSError, match=r"Input/output error: 'model.safetensors'"):
+        reader._fill(Broken(), memoryview(bytearray(1)), "model.safetensors")
 
 
 @pytest.mark.parametrize("key", ["quantization_config", "compression_config", "sparsity_config"])

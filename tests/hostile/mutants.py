@@ -35,6 +35,8 @@ def safetensors(whole: bytes, number: int) -> bytes:
         for _ in range(dice.choice((1, 1, 1, 2, 4))):
             dice.choice(_HEADER_CHANGES)(dice, entries)
         header = _written(dice, entries)
+    elif kind < 0.6:
+        header, data = _folded(dice, json.loads(header), data)
     elif kind < 0.85:
         header = _spoilt(dice, header)
     elif kind < 0.88:
@@ -53,7 +55,7 @@ def config(whole: bytes, number: int) -> bytes:
         return _spoilt(dice, whole)
     entries = json.loads(whole)
     for _ in range(dice.choice((1, 1, 2, 3))):
-        if dice.random() < 0.2:
+        if dice.random() < 0.1:
             entries.update([dice.choice(_ADDITIONS)])
         else:
             _change_somewhere(dice, entries)
@@ -82,7 +84,7 @@ def _written(dice: random.Random, entries: Any) -> bytes:
     text = json.dumps(entries)
     kind = dice.random()
     if kind < 0.03:
-        name, value = dice.choice(list(entries.items())) if entries else ("a", 1)
+        name, value = (dice.choice(list(found)) for found in ((entries, entries.values()) if entries else ("a", [1])))
         text = f"{text[:-1]}, {json.dumps(name)}: {json.dumps(value)}}}"
     elif kind < 0.05:
         depth = dice.choice((50, 1000, 100_000))
@@ -178,6 +180,19 @@ def _swap(dice: random.Random, entries: dict[str, Any]) -> None:
 
 def _overlap(dice: random.Random, entries: dict[str, Any]) -> None:
     _entry(dice, entries)["data_offsets"] = _entry(dice, entries).get("data_offsets")
+
+
+def _folded(dice: random.Random, entries: dict[str, Any], data: bytes) -> tuple[bytes, bytes]:
+    """One tensor laid over others, and its own bytes cut out: the header still accounts for the whole file."""
+    tensors = [entry for name, entry in entries.items() if name != "__metadata__"]
+    moved = dice.choice(tensors)
+    start, stop = moved["data_offsets"]
+    for entry in tensors:
+        if entry["data_offsets"][0] >= stop:
+            entry["data_offsets"] = [offset - (stop - start) for offset in entry["data_offsets"]]
+    first = dice.randrange(0, max(len(data) - 2 * (stop - start), 0) + 1, 4)
+    moved["data_offsets"] = [first, first + stop - start]
+    return json.dumps(entries).encode(), data[:start] + data[stop:]
 
 
 def _rename(dice: random.Random, entries: dict[str, Any]) -> None:

@@ -208,7 +208,10 @@ def check_contained(path: Path, directory: Path) -> None:
 
     Copying through such a link would put a file of the user's into the output.
     """
-    target, root = path.resolve(), directory.resolve()
+    try:
+        target, root = path.resolve(), directory.resolve()
+    except (OSError, RuntimeError) as error:  # the latter for links in a circle, before Python 3.13
+        raise InputRefused(f"{path} cannot be followed ({error})", "remove it from the checkpoint") from error
     blobs = root.parent.parent / "blobs" if root.parent.name == "snapshots" else root
     if not (target.is_relative_to(root) or target.is_relative_to(blobs)):
         raise InputRefused(f"{path} links out of the checkpoint", "replace the link by the file itself")
