@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """Many spoilt checkpoints through `tsenor prune` and `tsenor verify`, each judged as tests/hostile/judge.py says.
 
-    scripts/campaign_hostile.py [--safetensors 1000000] [--configs 100000] [--indexes 100000] [--workers 2] [--first 0]
+    scripts/campaign_hostile.py [--safetensors 1000000] [--configs 50000] [--indexes 150000] [--workers 2] [--first 0]
 
 The tests of tests/hostile take the first 20,000, 2,500 and 2,500. Prints what became of them, the slowest and the
 largest; exits 1 if any was not taken well. An hour and a half on two cores.
@@ -27,8 +27,8 @@ CHUNK = 10_000
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--safetensors", type=int, default=1_000_000, help="[1000000]")
-    parser.add_argument("--configs", type=int, default=100_000, help="[100000]")
-    parser.add_argument("--indexes", type=int, default=100_000, help="[100000]")
+    parser.add_argument("--configs", type=int, default=50_000, help="[50000]")
+    parser.add_argument("--indexes", type=int, default=150_000, help="[150000]")
     parser.add_argument("--workers", type=int, default=2, help="processes at a time [2]")
     parser.add_argument("--first", type=int, default=0, help="number of the first of each kind [0]")
     arguments = parser.parse_args()

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import math
 import random
+import struct
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -40,7 +42,7 @@ def safetensors(whole: bytes, number: int) -> bytes:
     elif kind < 0.85:
         header = _spoilt(dice, header)
     elif kind < 0.88:
-        data = _spoilt(dice, data, keeps_length=dice.random() < 0.7)
+        data = _not_finite(dice, data) if dice.random() < 0.3 else _spoilt(dice, data, keeps_length=dice.random() < 0.7)
     size = len(header) if dice.random() < 0.9 else dice.choice((0, 1, 7, len(header) - 1, 2**31, 2**63, 2**64 - 1))
     found = size.to_bytes(8, "little") + header + data
     if kind > 0.94:
@@ -133,6 +135,12 @@ def _spoilt(dice: random.Random, raw: bytes, *, keeps_length: bool = False) -> b
         elif kind == 5:
             found[at:at] = dice.choice((b'"', b"{", b"[", b"}", b",", b"\\", b"1e9", b"-", b"NaN", b"null", b"\xff"))
     return bytes(found)
+
+
+def _not_finite(dice: random.Random, raw: bytes) -> bytes:
+    """A NaN or an infinity among numbers of 32 bits."""
+    at = dice.randrange(0, len(raw), 4)
+    return raw[:at] + struct.pack("<f", dice.choice((math.nan, math.inf, -math.inf))) + raw[at + 4 :]
 
 
 # --- safetensors headers ----------------------------------------------------------------------------------------------

@@ -7,6 +7,7 @@ import platform
 import resource
 import sys
 from dataclasses import asdict, dataclass, field
+from functools import cache
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -159,6 +160,7 @@ def build_report(
     )
 
 
+@cache
 def versions() -> dict[str, str]:
     """Of everything that takes part in the result."""
     return {"python": platform.python_version(), **{name: version(name) for name in _PACKAGES}}

@@ -14,6 +14,8 @@ from tsenor_cli.checkpoint.adapter.bounds import bounded_memory, bounded_modules
 from tsenor_cli.checkpoint.reader import TORCH_NAMES, Checkpoint
 from tsenor_cli.errors import InputRefused
 
+_MOST_LABELS = 1_000_000
+
 
 def meta_model(checkpoint: Checkpoint) -> PreTrainedModel:
     """Build the model of a checkpoint on the meta device, in the dtype that `from_pretrained` would compute in.
@@ -21,7 +23,7 @@ def meta_model(checkpoint: Checkpoint) -> PreTrainedModel:
     Raises:
         InputRefused: transformers has no model for this config, or it needs remote code.
     """
-    _refuse_remote_code(checkpoint)
+    _refuse_excess(checkpoint)
     try:
         with bounded_memory():
             config = AutoConfig.from_pretrained(checkpoint.directory, trust_remote_code=False, local_files_only=True)
@@ -43,8 +45,11 @@ def meta_model(checkpoint: Checkpoint) -> PreTrainedModel:
         ) from error
 
 
-def _refuse_remote_code(checkpoint: Checkpoint) -> None:
-    """An attention or experts implementation with a slash in its name would be fetched from the hub and run."""
+def _refuse_excess(checkpoint: Checkpoint) -> None:
+    """What transformers would fetch and run, or spend minutes on.
+
+    An implementation of attention or experts with a slash in its name is compiled code from the hub; a label is a word.
+    """
     config = checkpoint.config
     for part in (config, *(value for value in config.values() if isinstance(value, dict))):
         for key, value in part.items():
@@ -53,6 +58,8 @@ def _refuse_remote_code(checkpoint: Checkpoint) -> None:
                     f"{checkpoint.directory} asks for code from elsewhere ({key} {value!r})",
                     "remove it from config.json",
                 )
+            if key == "num_labels" and isinstance(value, int) and value > _MOST_LABELS:
+                raise InputRefused(f"{checkpoint.directory} asks for {value:,} labels", "correct config.json")
 
 
 def _builder(config: PretrainedConfig) -> Callable[[], PreTrainedModel]:
