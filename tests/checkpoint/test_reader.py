@@ -117,6 +117,18 @@ def test_a_name_that_appears_twice_is_refused(tmp_path):
         read_shard(one_tensor_file(tmp_path / "x.safetensors", header=header))
 
 
+@pytest.mark.parametrize(
+    ("name", "fine"), [("é ☃.weight", True), ("a\x1b[2J", False), ("a\nb", False), ("a\x9bb", False)]
+)
+def test_names_with_control_characters_are_refused(tmp_path, name, fine):
+    path = one_tensor_file(tmp_path / "x.safetensors", header=json.dumps({name: GOOD}).encode())
+    if fine:
+        assert read_shard(path).tensors[0].name == name
+    else:
+        with pytest.raises(InputRefused, match="not valid"):
+            read_shard(path)
+
+
 @pytest.mark.parametrize(("data", "what"), [(bytes(7), "cut short"), (bytes(9), "after its last tensor")])
 def test_a_file_of_the_wrong_length_is_refused(tmp_path, data, what):
     with pytest.raises(InputRefused, match=what):
@@ -155,7 +167,16 @@ def test_mutated_headers_are_refused_or_read_safely(tmp_path):
 
 @pytest.mark.parametrize(
     "name",
-    ["../x.safetensors", "/etc/x.safetensors", "a/b.safetensors", "c:x.safetensors", "x.bin", 7, "x\n.safetensors"],
+    [
+        "../x.safetensors",
+        "/etc/x.safetensors",
+        "a/b.safetensors",
+        "c:x.safetensors",
+        "x.bin",
+        7,
+        "x\n.safetensors",
+        "\x9b2J.safetensors",
+    ],
 )
 def test_an_index_that_names_a_path_is_refused(llama, name):
     index = json.loads((llama / INDEX).read_text())

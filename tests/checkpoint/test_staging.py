@@ -152,13 +152,12 @@ def test_a_switch_that_stopped_half_way_is_undone_at_the_next_start(old):
 
 @pytest.mark.parametrize("exchange", [True, False])
 def test_a_signal_before_the_switch(old, monkeypatch, exchange):
-    monkeypatch.setattr(staging, "_switch", raises(KeyboardInterrupt))
-    with pytest.raises(KeyboardInterrupt) as caught, staged(old) as run:
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt) as caught, staged(old) as run:
+        patch.setattr(staging, "_switch", raises(KeyboardInterrupt))
         run.journal.note("tensor", {"name": "a"})
         finish(run)
     assert caught.value.__notes__ == [RESUME]
     assert files(old) == ["config.json"]
-    monkeypatch.undo()
     if not exchange:
         monkeypatch.setattr(staging, "_exchange", lambda *_: False)
     with staged(old, resume=True):

@@ -271,6 +271,14 @@ def test_names_from_a_checkpoint_cannot_command_the_terminal(tsenor, llama):
     assert "\x1b" not in outcome.err
 
 
+def test_names_of_files_cannot_command_the_terminal(tsenor, llama):
+    (llama / "evil\x1b[2J\r.gguf").write_bytes(b"x")
+    outcome = tsenor("prune", llama, "--nm", "2:4")
+    assert outcome.code == 0
+    assert "evil\\x1b[2J\\r.gguf" in outcome.err
+    assert "\x1b[2J" not in outcome.err
+
+
 def test_a_bug_shows_its_traceback(tsenor, llama, monkeypatch):
     monkeypatch.setattr("tsenor_cli.pipeline.make_plan", lambda *_: 1 / 0)
     with pytest.raises(ZeroDivisionError):
@@ -302,6 +310,7 @@ def running(code, *arguments, cwd):
 def test_signals_stop_where_the_run_can_go_on(tsenor, llama, tmp_path, number, code, what):
     """Real signals to a real process that is in the middle of writing."""
     process = running(SLOW, "prune", llama, "--nm", "2:4", cwd=tmp_path / "work")
+    fails(tsenor("prune", llama, "--nm", "2:4", "--resume"), 5, "another run is writing")
     process.send_signal(getattr(signal, number))
     _, err = process.communicate(timeout=60)
     assert (process.returncode, err) == (
@@ -339,6 +348,22 @@ def test_a_computation_that_does_not_listen_is_left_alone(llama, tmp_path, signa
     assert err.startswith("tsenor: error: interrupted, without waiting for what was being computed; the same command")
     assert err.count("\n") == 1
     assert (0.1 * signals <= seconds < 1.2) if signals == 2 else (1.4 <= seconds < 5)
+
+
+def test_out_of_memory_in_the_middle(tsenor, llama, monkeypatch):
+    """The message is torch's own."""
+    real, done = pipeline.prune_bands, []
+
+    def greedy(*arguments):
+        done.append(1)
+        return real(*arguments) if len(done) < 3 else torch.empty(2**50, dtype=torch.uint8)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(pipeline, "prune_bands", greedy)
+        outcome = tsenor("prune", llama, "--nm", "2:4")
+    fails(outcome, 1, "out of memory: free some")
+    assert outcome.err.endswith("; the same command with --resume goes on where this one stopped\n")
+    assert tsenor("prune", llama, "--nm", "2:4", "--resume").code == 0
 
 
 @pytest.mark.slow

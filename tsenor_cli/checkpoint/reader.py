@@ -247,7 +247,7 @@ def _weight_map(directory: Path) -> dict[str, str]:
     if not isinstance(weight_map, dict) or not weight_map:
         raise InputRefused(f"{path} has no weight_map", "the file is damaged: fetch it again")
     for name in weight_map.values():
-        if not isinstance(name, str) or not re.fullmatch(r"[^/\\:\x00-\x1f]+\.safetensors", name):
+        if not (isinstance(name, str) and name.isprintable() and re.fullmatch(r"[^/\\:]+\.safetensors", name)):
             raise InputRefused(
                 f"{path} names {name!r}, not a safetensors file beside it", "do not trust this checkpoint"
             )
@@ -283,7 +283,8 @@ def _refuse_quantised(directory: Path, config: dict[str, Any]) -> None:
 def _entry(path: Path, name: str, entry: object, data_start: int) -> DiskTensor:
     match entry:
         case {"dtype": str(dtype), "shape": list(shape), "data_offsets": [int(start), int(stop)]} if (
-            dtype in DTYPE_BITS
+            name.isprintable()  # no real name has control characters, and a terminal might obey them
+            and dtype in DTYPE_BITS
             and len(shape) <= 64
             and all(type(size) is int and 0 <= size < 2**62 for size in shape)
             and 0 <= start <= stop

@@ -14,6 +14,7 @@ import click
 
 from tsenor_cli import __version__
 from tsenor_cli.cli.bench import bench
+from tsenor_cli.cli.console import printable
 from tsenor_cli.cli.eval import evaluate
 from tsenor_cli.cli.inspect import inspect
 from tsenor_cli.cli.prune import prune
@@ -65,9 +66,7 @@ def run(arguments: Sequence[str]) -> int:
 
 
 def _fail(message: str, code: int) -> int:
-    # Names from a checkpoint may hold anything; a terminal must not obey them.
-    line = "".join(char if char.isprintable() else char.encode("unicode_escape").decode() for char in message)
-    click.echo(_ERROR_LINE.format(line), err=True)
+    click.echo(_ERROR_LINE.format(printable(message)), err=True)
     return code
 
 

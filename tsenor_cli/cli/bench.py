@@ -159,5 +159,6 @@ def _show(comparison: Comparison) -> None:
     )
     console.note(
         f"optimum confirmed on {parity.blocks} blocks by {parity.judge} (off by at most {parity.worst_shortfall:.0e}), "
-        f"and by duality on all (gap {parity.certified_gap:.0e}); ~ is in proportion to the blocks measured\n"
+        f"and by duality on all (gap {parity.certified_gap:.0e}); ~ is in proportion to the blocks measured"
     )
+    console.note("")

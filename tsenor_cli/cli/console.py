@@ -44,7 +44,12 @@ def emit(result: dict[str, Any] | str) -> None:
 
 def note(text: str) -> None:
     """One line for people, on stderr."""
-    click.echo(text, err=True)
+    click.echo(printable(text), err=True)
+
+
+def printable(text: str) -> str:
+    """Names of files and tensors may hold anything; a terminal must not obey them."""
+    return "".join(char if char.isprintable() else char.encode("unicode_escape").decode() for char in text)
 
 
 def table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]], *, to_stdout: bool = False) -> None:
@@ -60,7 +65,7 @@ def table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]], *, 
     for column in columns:
         shown.add_column(column, overflow="fold")
     for row in rows:
-        shown.add_row(*(Text(cell) for cell in row))  # Text: brackets in names are not markup
+        shown.add_row(*(Text(printable(cell)) for cell in row))  # Text: brackets in names are not markup
     console.print(shown)
 
 
