@@ -7,6 +7,7 @@ import math
 import random
 import struct
 from collections.abc import Callable, Iterator
+from copy import deepcopy
 from typing import Any
 
 _Change = Callable[[random.Random, Any], Any]
@@ -58,7 +59,7 @@ def config(whole: bytes, number: int) -> bytes:
     entries = json.loads(whole)
     for _ in range(dice.choice((1, 1, 2, 3))):
         if dice.random() < 0.1:
-            entries.update([dice.choice(_ADDITIONS)])
+            entries.update([_one(dice, *_ADDITIONS)])
         else:
             _change_somewhere(dice, entries)
     return _written(dice, entries)
@@ -76,6 +77,11 @@ def index(whole: bytes, number: int) -> bytes:
         )
         _change_somewhere(dice, places)
     return _written(dice, entries)
+
+
+def _one(dice: random.Random, *options: Any) -> Any:
+    """One of them, and not the object itself: the next change may be made within it."""
+    return deepcopy(dice.choice(options))
 
 
 # --- JSON -------------------------------------------------------------------------------------------------------------
@@ -108,7 +114,7 @@ def _change_somewhere(dice: random.Random, entries: dict[str, Any]) -> None:
     elif kind < 0.3 and isinstance(holder, dict):
         holder[dice.choice(_WORDS)] = holder.pop(key)
     else:
-        holder[key] = dice.choice((*_NUMBERS, *_WORDS, 10**6, 10**9, [holder[key]], {"a": holder[key]}))
+        holder[key] = _one(dice, *_NUMBERS, *_WORDS, 10**6, 10**9, [holder[key]], {"a": holder[key]})
 
 
 def _places(value: Any) -> Iterator[tuple[Any, Any]]:
@@ -152,31 +158,31 @@ def _entry(dice: random.Random, entries: dict[str, Any]) -> dict[str, Any]:
 
 
 def _dtype(dice: random.Random, entries: dict[str, Any]) -> None:
-    _entry(dice, entries)["dtype"] = dice.choice((*_DTYPES, *_NUMBERS))
+    _entry(dice, entries)["dtype"] = _one(dice, *_DTYPES, *_NUMBERS)
 
 
 def _shape(dice: random.Random, entries: dict[str, Any]) -> None:
     entry = _entry(dice, entries)
     shape = entry.get("shape")
     if not isinstance(shape, list) or not shape or dice.random() < 0.2:
-        entry["shape"] = dice.choice((*_NUMBERS, [2**40, 2**40], [1] * 100, [0], [[1]]))
+        entry["shape"] = _one(dice, *_NUMBERS, [2**40, 2**40], [1] * 100, [0], [[1]])
     elif dice.random() < 0.3:
         dice.shuffle(shape)
     else:
-        shape[dice.randrange(len(shape))] = dice.choice(_NUMBERS)
+        shape[dice.randrange(len(shape))] = _one(dice, *_NUMBERS)
 
 
 def _offsets(dice: random.Random, entries: dict[str, Any]) -> None:
     entry = _entry(dice, entries)
     offsets = entry.get("data_offsets")
     if not isinstance(offsets, list) or len(offsets) != 2 or dice.random() < 0.2:
-        entry["data_offsets"] = dice.choice((*_NUMBERS, [0], [0, 0, 0], [2**63, 2**63]))
+        entry["data_offsets"] = _one(dice, *_NUMBERS, [0], [0, 0, 0], [2**63, 2**63])
         return
     place = dice.randrange(2)
     number = offsets[place]
     known = isinstance(number, int)
     offsets[place] = (
-        number + dice.choice((-8, -1, 1, 2, 8, 64)) if known and dice.random() < 0.6 else dice.choice(_NUMBERS)
+        number + dice.choice((-8, -1, 1, 2, 8, 64)) if known and dice.random() < 0.6 else _one(dice, *_NUMBERS)
     )
 
 
