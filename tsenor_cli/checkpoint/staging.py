@@ -63,12 +63,18 @@ def check_space(output: Path, needed_bytes: int) -> None:
     """Refuse to start when the new checkpoint cannot fit beside what is there; an unfinished one counts as its part."""
     place = next(parent for parent in output.absolute().parents if parent.exists())
     free = shutil.disk_usage(place).free
-    needed_bytes -= sum(path.stat().st_blocks * 512 for path in _partial(output).rglob("*") if path.is_file())
+    needed_bytes -= sum(_bytes_on_disk(path) for path in _partial(output).rglob("*") if path.is_file())
     if free < needed_bytes:
         raise TsenorError(
             f"{place} has {free / 1e9:.2f} GB free and the output needs {needed_bytes / 1e9:.2f} GB",
             "free some space, or write elsewhere with -o",
         )
+
+
+def _bytes_on_disk(path: Path) -> int:
+    """Less than its size where there are holes."""
+    facts = path.stat()
+    return facts.st_blocks * 512 if os.name == "posix" else facts.st_size
 
 
 def identity_sha256(identity: Identity) -> str:
@@ -212,7 +218,7 @@ def _switch(staged: Path, output: Path, aside: Path) -> None:
 
 def _exchange(first: Path, second: Path) -> bool:
     """Exchange two names in one step (Linux); False where the system or the file system cannot."""
-    renameat2 = getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None)
+    renameat2 = getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None) if os.name == "posix" else None
     if renameat2 is None:
         return False
     if renameat2(_AT_FDCWD, os.fsencode(first), _AT_FDCWD, os.fsencode(second), _RENAME_EXCHANGE) == 0:
@@ -266,6 +272,8 @@ def _sync_directories(root: Path) -> None:
 
 
 def _sync_directory(path: Path) -> None:
+    if os.name != "posix":  # Windows cannot
+        return
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)

@@ -12,7 +12,7 @@ import select
 import signal
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from types import FrameType
 from typing import NoReturn
 
@@ -38,9 +38,20 @@ def signals_raise(error_line: str) -> Iterator[None]:
     Args:
         error_line: how that is said, with {} for what happened.
     """
+    before = {number: signal.signal(number, _raise) for number in _CODES}
+    try:
+        # On Windows nothing can be waited for but sockets.
+        with _watcher(error_line) if os.name == "posix" else nullcontext():
+            yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+@contextmanager
+def _watcher(error_line: str) -> Iterator[None]:
     watched, woken = os.pipe()
     os.set_blocking(woken, False)
-    before = {number: signal.signal(number, _raise) for number in _CODES}
     woken_before = signal.set_wakeup_fd(woken, warn_on_full_buffer=False)
     watcher = threading.Thread(target=_watch, args=(watched, error_line), daemon=True)
     watcher.start()
@@ -48,8 +59,6 @@ def signals_raise(error_line: str) -> Iterator[None]:
         yield
     finally:
         signal.set_wakeup_fd(woken_before)
-        for number, handler in before.items():
-            signal.signal(number, handler)
         os.write(woken, _DONE)
         watcher.join()
         os.close(woken)
