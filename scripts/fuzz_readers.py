@@ -5,10 +5,10 @@
 
 Needs Atheris, which the tests do not: python -m venv --system-site-packages fuzz && fuzz/bin/pip install atheris.
 The first byte of an input chooses the reader: a shard, a header (its length and 16 bytes of data are put around it), an
-index beside shards, a config, or a report. A reader may
-return, or raise InputRefused; what it returns has to be sound (every tensor within its file, none over another).
-Anything else is a fault, and so is an input that takes more than five seconds or a GiB: libFuzzer stops there and keeps
-the input. Ends with the number of executions, coverage and corpus.
+index beside shards, a config, or a report. A reader may return, or raise InputRefused; what it returns has to be sound:
+every tensor within its file, none over another, and the format's own library reads the shard too. Anything else is a
+fault, and so is an input that takes more than five seconds or a GiB: libFuzzer stops there and keeps the input. Ends
+with the number of executions, coverage and corpus.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ import tempfile
 from pathlib import Path
 
 import atheris
+import safetensors
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
@@ -116,6 +117,7 @@ class Readers:
             assert tensor.nbytes * 8 == tensor.parameters * reader.DTYPE_BITS[tensor.dtype]
             end = tensor.stop
         assert end == len(raw)
+        safetensors.deserialize(raw)
 
     def _index(self, raw: bytes) -> None:
         (self._directory / "config.json").write_bytes(b"{}")

@@ -12,6 +12,7 @@ import time
 import pytest
 import torch
 from checkpoints import INDEX, write_checkpoint
+from safetensors import SafetensorError, deserialize
 
 from tsenor_cli.checkpoint import reader
 from tsenor_cli.checkpoint.reader import open_checkpoint, read_shard
@@ -75,6 +76,7 @@ def test_a_read_that_returns_less_than_asked_is_continued():
         {**GOOD, "shape": [2**40, 2**40, 0.5]},
         {**GOOD, "shape": [2**61, 2**61]},
         {**GOOD, "shape": [1] * 65},
+        {**GOOD, "remark": 1},
         {**GOOD, "data_offsets": [8, 0]},
         {**GOOD, "data_offsets": [-8, 0]},
         {**GOOD, "data_offsets": [0]},
@@ -108,6 +110,28 @@ def test_a_broken_file_is_refused(tmp_path, content):
     (tmp_path / "x.safetensors").write_bytes(content)
     with pytest.raises(InputRefused):
         read_shard(tmp_path / "x.safetensors")
+
+
+@pytest.mark.parametrize(
+    "header",
+    [
+        b'{"w":{"dtype":"F32","shape":[2],"data_offsets":[-0,8]}}',
+        b'{"e":{"dtype":"U8","shape":[4294967296,4294967296,0],"data_offsets":[0,0]}}        ',
+        b'\xef\xbb\xbf{"w":{"dtype":"F32","shape":[2],"data_offsets":[0,8]}}',
+        b'{"__metadata__":{"a":"\\ud800"},"w":{"dtype":"F32","shape":[2],"data_offsets":[0,8]}}',
+        b'{"__metadata__":{"\\udfff":""},"w":{"dtype":"F32","shape":[2],"data_offsets":[0,8]}}',
+        b'{"__metadata__":{"a":"\xed\xa0\x80"},"w":{"dtype":"F32","shape":[2],"data_offsets":[0,8]}}',
+        b'{"w":{"x":NaN,"dtype":"F32","shape":[2],"data_offsets":[0,8]}}',
+    ],
+    ids=repr,
+)
+def test_what_python_would_take_and_safetensors_does_not(tmp_path, header):
+    """Accepted, it would make an output that nobody can load."""
+    path = one_tensor_file(tmp_path / "x.safetensors", header=header, data=bytes(8 if b'"w"' in header else 0))
+    with pytest.raises(SafetensorError):
+        deserialize(path.read_bytes())
+    with pytest.raises(InputRefused):
+        read_shard(path)
 
 
 def test_a_name_that_appears_twice_is_refused(tmp_path):

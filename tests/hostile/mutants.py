@@ -12,7 +12,19 @@ from typing import Any
 
 _Change = Callable[[random.Random, Any], Any]
 _NUMBERS = (0, -1, 1, 2, 3, 7, 2**31, 2**53, 2**63, 2**64, 10**30, 0.5, 1e400, float("nan"), True, None, "1", [], {})
-_NAMES = ("", "../../evil", "/evil", "a\0b", "a\nb", "\x1b[2J", "__metadata__", "é☃", "x" * 5000, "model.norm.weight")
+_NAMES = (
+    "",
+    "../../evil",
+    "/evil",
+    "a\0b",
+    "a\nb",
+    "\x1b[2J",
+    "__metadata__",
+    "é☃",
+    "\ud800",
+    "x" * 5000,
+    "model.norm.weight",
+)
 _WORDS = (*_NAMES, "weights.bin", "../model.safetensors", "C:\\x.safetensors", "a/b.safetensors", "MODEL.safetensors")
 _DTYPES = ("F64", "F32", "F16", "BF16", "I64", "U8", "BOOL", "F8_E4M3", "F4", "F6_E2M3", "C64", "Q4", "", "f32")
 _ADDITIONS = (
@@ -88,7 +100,7 @@ def _one(dice: random.Random, *options: Any) -> Any:
 
 
 def _written(dice: random.Random, entries: Any) -> bytes:
-    """As JSON, now and then with a key that appears twice, nested absurdly, or padded."""
+    """As JSON, now and then with a key that appears twice, nested absurdly, padded, or spelt as few readers take it."""
     text = json.dumps(entries)
     kind = dice.random()
     if kind < 0.03:
@@ -99,6 +111,8 @@ def _written(dice: random.Random, entries: Any) -> bytes:
         text = f'{text[:-1]}, "deep": {"[" * depth}{"]" * depth}}}'
     elif kind < 0.06:
         text += " " * dice.choice((1, 100_000))
+    elif kind < 0.07:
+        text = dice.choice((text.replace("[0, ", "[-0, ", 1), text.replace("[0, ", "[0e0, ", 1), "\ufeff" + text))
     return text.encode("utf-8", "surrogatepass")
 
 
@@ -222,21 +236,30 @@ def _drop(dice: random.Random, entries: dict[str, Any]) -> None:
 
 def _metadata(dice: random.Random, entries: dict[str, Any]) -> None:
     entries["__metadata__"] = dice.choice(
-        ({"format": 1}, {"format": "tf"}, {"a": {}}, [], "pt", None, {"x" * 1000: "y" * 1000})
+        ({"format": 1}, {"format": "tf"}, {"a": {}}, [], "pt", None, {"x" * 1000: "y" * 1000}, {"a": "\ud800"})
     )
 
 
 def _empty(dice: random.Random, entries: dict[str, Any]) -> None:
     """A tensor of nothing, which is allowed."""
     start = dice.choice((0, 0, 8, 2**40))
-    entries[dice.choice(_NAMES)] = {"dtype": dice.choice(_DTYPES), "shape": [0], "data_offsets": [start, start]}
+    shape = dice.choice(([0], [0], [3, 0], [0, 2**62], [2**40, 2**40, 0]))
+    entries[dice.choice(_NAMES)] = {"dtype": dice.choice(_DTYPES), "shape": shape, "data_offsets": [start, start]}
+
+
+def _remark(dice: random.Random, entries: dict[str, Any]) -> None:
+    """A key that the format does not know."""
+    _entry(dice, entries)["remark"] = dice.choice((1, math.nan, 10**400, "x", [[]]))
 
 
 def _anywhere(dice: random.Random, entries: dict[str, Any]) -> None:
     _change_somewhere(dice, entries)
 
 
-_HEADER_CHANGES = (_dtype, _shape, _offsets, _offsets, _swap, _overlap, _rename, _drop, _metadata, _empty, _anywhere)
+_HEADER_CHANGES = (
+    *(_dtype, _shape, _offsets, _offsets, _swap, _overlap),
+    *(_rename, _drop, _metadata, _empty, _remark, _anywhere),
+)
 MUTANTS: dict[str, tuple[str, Callable[[bytes, int], bytes]]] = {
     "safetensors": ("model-00001-of-00002.safetensors", safetensors),
     "config": ("config.json", config),

@@ -22,7 +22,7 @@ def parse_object(text: bytes, where: str) -> dict[str, Any]:
             "no real checkpoint needs that",
         )
     try:
-        value = json.loads(text, object_pairs_hook=_no_duplicates)
+        value = json.loads(text.decode(), object_pairs_hook=_no_duplicates, parse_int=_integer)
     except (ValueError, RecursionError) as error:
         raise InputRefused(f"{where} is not valid JSON ({error})", "the file is damaged: fetch it again") from error
     if not isinstance(value, dict):
@@ -42,3 +42,10 @@ def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     if len(found) != len(pairs):
         raise ValueError("a key appears twice")
     return found
+
+
+def _integer(text: str) -> int:
+    """Not -0, which is a floating-point number to the readers of others."""
+    if text == "-0":
+        raise ValueError("-0 is not an integer")
+    return int(text)

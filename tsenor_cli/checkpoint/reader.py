@@ -186,7 +186,7 @@ def read_shard(path: Path) -> Shard:
         header = file.read(length)
     entries = parse_object(header, f"the header of {path}")
     metadata = entries.pop("__metadata__", {})
-    if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
+    if not isinstance(metadata, dict) or not all(map(_is_text, (*metadata, *metadata.values()))):
         raise InputRefused(f"the metadata of {path} is not text", "the file is damaged: fetch it again")
     data_start = 8 + length
     tensors = sorted((_entry(path, name, entry, data_start) for name, entry in entries.items()), key=_position)
@@ -282,16 +282,23 @@ def _refuse_quantised(directory: Path, config: dict[str, Any]) -> None:
 
 def _entry(path: Path, name: str, entry: object, data_start: int) -> DiskTensor:
     match entry:
-        case {"dtype": str(dtype), "shape": list(shape), "data_offsets": [int(start), int(stop)]} if (
-            name.isprintable()  # no real name has control characters, and a terminal might obey them
+        case {"dtype": str(dtype), "shape": list(shape), "data_offsets": [int(start), int(stop)], **others} if (
+            not others
+            and name.isprintable()  # no real name has control characters, and a terminal might obey them
             and dtype in DTYPE_BITS
             and len(shape) <= 64
-            and all(type(size) is int and 0 <= size < 2**62 for size in shape)
+            and all(type(size) is int and size >= 0 for size in shape)
+            and prod(size or 1 for size in shape) < 2**60  # its bits are counted in 64, whatever the order
             and 0 <= start <= stop
             and (stop - start) * 8 == prod(shape) * DTYPE_BITS[dtype]
         ):
             return DiskTensor(name, path, dtype, tuple(shape), data_start + start, data_start + stop)
     raise InputRefused(f"{path}: the entry of tensor {name!r} is not valid", "the file is damaged: fetch it again")
+
+
+def _is_text(value: object) -> bool:
+    """Half a surrogate pair, which JSON can spell, is not."""
+    return isinstance(value, str) and not re.search("[\ud800-\udfff]", value)
 
 
 def _position(tensor: DiskTensor) -> tuple[int, int]:
