@@ -214,7 +214,7 @@ def count_trips() -> int:
     environment = os.environ | {"TRITON_INTERPRET": "1", "PYTHONPATH": f"{ROOT}:{ROOT / 'scripts'}"}
     for n, m in PATTERNS:
         for name in ("entropic", "standard", "four" if m == 4 else "draft"):
-            command = [sys.executable, "-c", code, name, str(n), str(m), "2" if m < 32 else "4"]
+            command = [sys.executable, "-c", code, name, str(n), str(m), "16" if m <= 16 else "4"]
             answer = subprocess.run(command, check=True, capture_output=True, text=True, env=environment).stdout
             trips[f"{name} {n}:{m} {DTYPE}"] = json.loads(answer)
             print(name, n, m, answer.strip())

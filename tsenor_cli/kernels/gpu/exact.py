@@ -19,8 +19,9 @@ from tsenor_cli.kernels.gpu.variant import DTYPES, Variant, tiling, warp_size
 from tsenor_cli.kernels.ties import tie_table
 
 LOG2_E = 1.4426950408889634
-# Of annealing: τ of 12.5, 25 and 50, so many iterations each for m up to. More cost more than the paths they save.
-FIRST_TAU, STAGES, PER_STAGE = 12.5, 3, {8: 8, 16: 12, 32: 16, 64: 24}
+# Of annealing, for m up to: the first τ, how many stages (τ doubles), iterations of each. More cost more than the paths
+# they save.
+ANNEALING = {8: (10.0, 1, 12), 16: (16.0, 2, 12), 32: (12.5, 3, 16), 64: (12.5, 3, 24)}
 TRIES = 8  # rounds of centring
 SWEEPS_PER_LINE = 200  # of Bellman and Ford: far more than any block has needed
 
@@ -58,6 +59,7 @@ def solve_transposable(
     shared = {"scores": scores, "ties": ties, "mask": mask.view(torch.uint8), "n": n}
     shared |= {"per_row": scores.shape[1] // m, "stride": scores.shape[1]}
     found, most = objective if duals is None else duals, SWEEPS_PER_LINE * m
+    tau, stages, per_stage = next(annealing for largest, annealing in ANNEALING.items() if m <= largest)
     words = m % 8 == 0 and mask.data_ptr() % 8 == 0
     options = {"absolute": absolute, "warm": warm is not None, "duals": duals is not None, "words": words}
     draft_variant(m, dtype, lanes, **options).launch(
@@ -69,9 +71,9 @@ def solve_transposable(
         objective=objective,
         duals=found,
         blocks=blocks,
-        sharpness=FIRST_TAU * LOG2_E,
-        stages=STAGES,
-        per_stage=next(often for largest, often in PER_STAGE.items() if m <= largest),
+        sharpness=tau * LOG2_E,
+        stages=stages,
+        per_stage=per_stage,
         tries=TRIES,
         most=most,
     )
