@@ -13,18 +13,9 @@ from typing import Any
 _Change = Callable[[random.Random, Any], Any]
 _NUMBERS = (0, -1, 1, 2, 3, 7, 2**31, 2**53, 2**63, 2**64, 10**30, 0.5, 1e400, float("nan"), True, None, "1", [], {})
 _NAMES = (
-    "",
-    "../../evil",
-    "/evil",
-    "a\0b",
-    "a\nb",
-    "\x1b[2J",
-    "__metadata__",
-    "é☃",
-    "\ud800",
-    "x" * 5000,
-    "model.norm.weight",
-)
+    "", "../../evil", "/evil", "a\0b", "a\nb", "\x1b[2J", "__metadata__", "é☃", "\ud800",
+    "x" * 5000, "model.norm.weight",
+)  # fmt: skip
 _WORDS = (*_NAMES, "weights.bin", "../model.safetensors", "C:\\x.safetensors", "a/b.safetensors", "MODEL.safetensors")
 _DTYPES = ("F64", "F32", "F16", "BF16", "I64", "U8", "BOOL", "F8_E4M3", "F4", "F6_E2M3", "C64", "Q4", "", "f32")
 _ADDITIONS = (
@@ -257,9 +248,8 @@ def _anywhere(dice: random.Random, entries: dict[str, Any]) -> None:
 
 
 _HEADER_CHANGES = (
-    *(_dtype, _shape, _offsets, _offsets, _swap, _overlap),
-    *(_rename, _drop, _metadata, _empty, _remark, _anywhere),
-)
+    _dtype, _shape, _offsets, _offsets, _swap, _overlap, _rename, _drop, _metadata, _empty, _remark, _anywhere,
+)  # fmt: skip
 MUTANTS: dict[str, tuple[str, Callable[[bytes, int], bytes]]] = {
     "safetensors": ("model-00001-of-00002.safetensors", safetensors),
     "config": ("config.json", config),
