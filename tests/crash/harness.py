@@ -12,6 +12,7 @@ import signal
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -152,10 +153,14 @@ def _child(shim: ctypes.CDLL, question: dict[str, Any]) -> dict[str, Any]:
 
 
 def _run(shim: ctypes.CDLL, question: dict[str, Any], out: int, err: int) -> None:
+    from tqdm import tqdm
+
     from tsenor_cli.cli import run
 
     code = 70
     try:
+        # tqdm's own is a semaphore that all forks share: a child that is killed while it holds it stops all others.
+        tqdm.set_lock(threading.RLock())
         os.dup2(out, 1)
         os.dup2(err, 2)
         sys.stdout = os.fdopen(1, "w")
