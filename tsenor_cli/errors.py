@@ -5,16 +5,29 @@ The command line turns these into a single line on stderr; the library raises th
 
 from __future__ import annotations
 
+import errno
+
+DISK_FULL = {errno.ENOSPC, getattr(errno, "EDQUOT", errno.ENOSPC)}  # Windows has no quotas
+
 
 class TsenorError(Exception):
     """The operation failed (exit 1): disk full, no permission, an I/O error."""
 
     exit_code = 1
+    code = "failed"
 
-    def __init__(self, message: str, remedy: str = "") -> None:
+    def __init__(self, message: str, remedy: str = "", *, code: str | None = None) -> None:
+        """Say what is wrong and what to do about it.
+
+        Args:
+            message: what is wrong, with the file or tensor that it is about.
+            remedy: what to do about it.
+            code: the heading in docs/troubleshooting.md that says more; the class has one for what needs no more.
+        """
         super().__init__(message)
         self.message = message
         self.remedy = remedy
+        self.code = code or self.code
 
     def __str__(self) -> str:
         return f"{self.message}: {self.remedy}" if self.remedy else self.message
@@ -24,21 +37,25 @@ class UsageError(TsenorError):
     """The request itself makes no sense (exit 2): a bad pattern, options that contradict."""
 
     exit_code = 2
+    code = "usage"
 
 
 class InputRefused(TsenorError):
     """The checkpoint or the environment cannot be used (exit 3): missing, corrupt, unsafe, unsupported."""
 
     exit_code = 3
+    code = "input-refused"
 
 
 class CheckFailed(TsenorError):
     """A check fell short (exit 4): coverage, --strict, or verify."""
 
     exit_code = 4
+    code = "check-failed"
 
 
 class OutputUnavailable(TsenorError):
     """The output exists, is locked by another run, or collides with the input (exit 5)."""
 
     exit_code = 5
+    code = "output-unavailable"

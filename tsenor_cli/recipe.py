@@ -32,6 +32,12 @@ class Recipe:
     default: Choice | None
 
 
+class _BadRecipe(UsageError):
+    """It is not a recipe."""
+
+    code = "bad-recipe"
+
+
 def load_recipe(path: Path, nm: str | None = None, kind: str | None = None, method: str | None = None) -> Recipe:
     """Read a recipe; `nm`, `kind` and `method` that are given take the place of what it says, in every rule.
 
@@ -42,7 +48,7 @@ def load_recipe(path: Path, nm: str | None = None, kind: str | None = None, meth
     _check_fields(content, _DEFAULTS | {"rules"}, str(path))
     rules = content.get("rules", [])
     if not isinstance(rules, list):
-        raise UsageError(f"{path}: rules is not a list", "begin each rule with a dash")
+        raise _BadRecipe(f"{path}: rules is not a list", "begin each rule with a dash")
     given = {key: value for key, value in {"nm": nm, "kind": kind, "method": method}.items() if value is not None}
     defaults = {key: value for key, value in content.items() if key in _DEFAULTS}
     found = tuple(_rule(rule, f"{path}, rule {i}", defaults, given) for i, rule in enumerate(rules, 1))
@@ -55,33 +61,33 @@ def _read(path: Path) -> dict[str, Any]:
 
     try:
         if path.stat().st_size > MAX_BYTES:
-            raise UsageError(f"{path} is larger than {MAX_BYTES:,} bytes", "no recipe needs that")
+            raise _BadRecipe(f"{path} is larger than {MAX_BYTES:,} bytes", "no recipe needs that")
         # Every scalar stays text: YAML would read an unquoted 2:4 as the number 124, to the base of 60.
         content = yaml.load(path.read_text(encoding="utf-8"), Loader=yaml.BaseLoader)  # noqa: S506  (builds text only)
     except OSError as error:
-        raise UsageError(f"{path}: {error.strerror}", "give --recipe a YAML file that can be read") from error
+        raise _BadRecipe(f"{path}: {error.strerror}", "give --recipe a YAML file that can be read") from error
     except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
         reason = " ".join(str(error).split())
-        raise UsageError(f"{path} is not YAML ({reason})", "see the example in the documentation") from error
+        raise _BadRecipe(f"{path} is not YAML ({reason})", "see the example in the documentation") from error
     if not isinstance(content, dict):
-        raise UsageError(f"{path} is not a recipe", "it has the fields nm, kind, method and rules")
+        raise _BadRecipe(f"{path} is not a recipe", "it has the fields nm, kind, method and rules")
     return content
 
 
 def _rule(rule: Any, where: str, defaults: dict[str, Any], given: dict[str, str]) -> Rule:  # noqa: ANN401
     if not isinstance(rule, dict):
-        raise UsageError(f"{where} is not a mapping", "give it match, and nm, kind, method or skip")
+        raise _BadRecipe(f"{where} is not a mapping", "give it match, and nm, kind, method or skip")
     _check_fields(rule, _DEFAULTS | {"match", "skip"}, where)
     match = rule.get("match")
     patterns = [match] if isinstance(match, str) else match
     if not isinstance(patterns, list) or not patterns or not all(isinstance(item, str) and item for item in patterns):
-        raise UsageError(f"{where} has no match", "give a glob such as '*.mlp.*', or a list of them")
+        raise _BadRecipe(f"{where} has no match", "give a glob such as '*.mlp.*', or a list of them")
     skip = rule.get("skip", "false")
     if skip not in ("true", "false"):
-        raise UsageError(f"{where}: skip is {skip!r}", "give true or false")
+        raise _BadRecipe(f"{where}: skip is {skip!r}", "give true or false")
     if skip == "true":
         if extra := sorted(set(rule) & _DEFAULTS):
-            raise UsageError(f"{where} is skipped, and has {extra[0]}", "leave one of them out")
+            raise _BadRecipe(f"{where} is skipped, and has {extra[0]}", "leave one of them out")
         return Rule(tuple(patterns), None)
     return Rule(tuple(patterns), _choice(defaults | rule | given, where))
 
@@ -89,14 +95,14 @@ def _rule(rule: Any, where: str, defaults: dict[str, Any], given: dict[str, str]
 def _choice(fields: dict[str, Any], where: str) -> Choice:
     nm, kind, method = fields.get("nm"), fields.get("kind", "transposable"), fields.get("method", "magnitude")
     if not isinstance(nm, str):
-        raise UsageError(f"{where} has no nm", "give it one, or one for all at the top, or --nm")
+        raise _BadRecipe(f"{where} has no nm", "give it one, or one for all at the top, or --nm")
     if kind not in _KINDS:
-        raise UsageError(f"{where}: kind is {kind!r}", f"give {' or '.join(_KINDS)}")
+        raise _BadRecipe(f"{where}: kind is {kind!r}", f"give {' or '.join(_KINDS)}")
     if method not in METHODS:
-        raise UsageError(f"{where}: unknown method {method!r}", f"known: {', '.join(METHODS)}")
+        raise _BadRecipe(f"{where}: unknown method {method!r}", f"known: {', '.join(METHODS)}")
     return Choice(NMPattern.parse(nm, transposable=kind == "transposable"), method)
 
 
 def _check_fields(fields: dict[str, Any], known: set[str], where: str) -> None:
     if unknown := sorted(map(str, set(fields) - known)):
-        raise UsageError(f"{where}: unknown field {unknown[0]!r}", f"known: {', '.join(sorted(known))}")
+        raise _BadRecipe(f"{where}: unknown field {unknown[0]!r}", f"known: {', '.join(sorted(known))}")

@@ -37,6 +37,7 @@ class NMPattern:
             raise UsageError(
                 f"pattern {self.n}:{self.m} is not possible",
                 f"give N:M with 1 <= N < M and M from 2 to {MAX_M}, such as 2:4; N is the number kept",
+                code="bad-pattern",
             )
 
     @classmethod
@@ -44,7 +45,9 @@ class NMPattern:
         """Read "2:4"; raises UsageError for anything else."""
         match = re.fullmatch(r"([0-9]{1,3}):([0-9]{1,3})", text)
         if match is None:
-            raise UsageError(f"pattern {text!r} is not of the form N:M", "give it as two numbers, such as 2:4")
+            raise UsageError(
+                f"pattern {text!r} is not of the form N:M", "give it as two numbers, such as 2:4", code="bad-pattern"
+            )
         return cls(int(match[1]), int(match[2]), transposable)
 
     @property
@@ -135,6 +138,8 @@ def matches(name: str, pattern: str) -> bool:
         try:
             return re.search(pattern[3:], name) is not None
         except re.error as error:
-            raise UsageError(f"{pattern!r} is not a regular expression ({error})", "see Python's re module") from error
+            raise UsageError(
+                f"{pattern!r} is not a regular expression ({error})", "see Python's re module", code="bad-selection"
+            ) from error
     module = name.removesuffix(".weight")
     return fnmatchcase(name, pattern) or fnmatchcase(module, pattern)

@@ -133,6 +133,7 @@ def check_finite(item: TensorPlan, weight: torch.Tensor) -> None:
         raise InputRefused(
             f"{item.tensor.name} has NaN or infinite weights",
             "fetch the checkpoint again, or copy such tensors as they are with --allow-nonfinite",
+            code="nonfinite-weights",
         )
 
 

@@ -225,6 +225,7 @@ def test_what_the_system_refuses_is_one_line(place, code):
         run.journal.note("tensor", {"name": "a"})
         raise OSError(code, "No luck", "/somewhere/model.safetensors")
     assert caught.value.exit_code == 1
+    assert caught.value.code == ("disk-full" if code in {errno.ENOSPC, errno.EDQUOT} else "failed")
     assert str(caught.value).startswith("/somewhere/model.safetensors: No luck")
     assert caught.value.__notes__ == [RESUME]
     assert not (place / "out").exists()

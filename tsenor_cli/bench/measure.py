@@ -90,7 +90,11 @@ def compare(
         CheckFailed: the exact solver is not optimal; nothing has been timed.
     """
     if not pattern.divides(*problem.scores.shape):
-        raise UsageError(f"{pattern} does not divide {problem.name} {list(problem.scores.shape)}", "choose other sizes")
+        raise UsageError(
+            f"{pattern} does not divide {problem.name} {list(problem.scores.shape)}",
+            "choose other sizes",
+            code="bad-pattern",
+        )
     kept, parity = _confirm(problem, pattern, judged_blocks)
     with contenders(names, pattern, torch.get_num_threads()) as taking_part:
         samples = {one.name: _sample(one, problem.scores, pattern, budget_s) for one in taking_part}

@@ -17,10 +17,8 @@ def save_plot(comparisons: Sequence[Comparison], path: Path) -> None:
 
     The suffix of `path` says the format: .png, .svg, .pdf.
     """
-    try:
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise UsageError("matplotlib is not installed", "pip install 'tsenor[bench]'") from error
+    from matplotlib.figure import Figure
+
     figure = Figure(figsize=(9, 6), layout="constrained")
     axes = figure.subplots()
     for colour, comparison in enumerate(comparisons):

@@ -183,7 +183,11 @@ class Replay:
                 del layer.forward
 
     def _refusal(self, why: str) -> InputRefused:
-        return InputRefused(f"{type(self._skeleton.model).__name__} cannot be run layer by layer ({why})", _REMEDY)
+        return InputRefused(
+            f"{type(self._skeleton.model).__name__} cannot be run layer by layer ({why})",
+            _REMEDY,
+            code="layerwise-unsupported",
+        )
 
 
 class _LastLayerError(Exception):

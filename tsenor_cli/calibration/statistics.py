@@ -119,6 +119,7 @@ class Collector:
             raise InputRefused(
                 f"{site.module} shares its input with {leader.module} for some texts and not for others",
                 "use --method magnitude, which needs no calibration",
+                code="layerwise-unsupported",
             )
         if leader is site:
             self._given.append((inputs, version, site))

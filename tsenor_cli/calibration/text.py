@@ -38,6 +38,12 @@ class Piece(NamedTuple):
     begins: bool  # a document
 
 
+class _UnreadableText(InputRefused):
+    """It is not there, or is not what it claims to be."""
+
+    code = "unreadable-text"
+
+
 def read_pieces(source: str, field: str = "text") -> Iterator[Piece]:
     """The pieces of a source (see above), of 2^18 characters at most, cut at line ends where there are any.
 
@@ -57,7 +63,7 @@ def read_pieces(source: str, field: str = "text") -> Iterator[Piece]:
         blank = blank and piece.text.isspace()
         yield piece
     if blank:
-        raise InputRefused(f"{source} holds no text", "give one that is not empty")
+        raise InputRefused(f"{source} holds no text", "give one that is not empty", code="too-few-tokens")
 
 
 def _pieces(source: str, field: str) -> Iterator[Piece]:
@@ -75,9 +81,9 @@ def _pieces(source: str, field: str) -> Iterator[Piece]:
             else:
                 yield from _of_document(_decoded(_cut(file), source))
     except (gzip.BadGzipFile, EOFError, zlib.error) as error:
-        raise InputRefused(f"{source} is not a whole gzip file ({error})", "compress it again") from error
+        raise _UnreadableText(f"{source} is not a whole gzip file ({error})", "compress it again") from error
     except OSError as error:
-        raise InputRefused(
+        raise _UnreadableText(
             f"{source}: {error.strerror or _first_line(error)}", "give a text file that can be read"
         ) from error
 
@@ -87,16 +93,19 @@ def _kind(source: str) -> str:
     if source in _STANDARD_INPUT:
         return _STANDARD_INPUT[source]
     if source and path.is_dir():
-        raise InputRefused(f"{source} is a directory", "give one file of text")
+        raise _UnreadableText(f"{source} is a directory", "give one file of text")
     kind = _KINDS.get(Path(source.removesuffix(".gz")).suffix.lower())
     if path.suffix.lower() == ".json":
         raise UsageError(
-            f"{source!r} would have to be read as a whole", "give JSON lines, one object a line, as .jsonl"
+            f"{source!r} would have to be read as a whole",
+            "give JSON lines, one object a line, as .jsonl",
+            code="bad-text-source",
         )
     if kind is None or (kind == "table" and source.endswith(".gz")):
         raise UsageError(
             f"{source!r} is no text that can be read",
             "give .txt, .jsonl (both also with .gz), .parquet, - or hf:dataset[:config][:split]",
+            code="bad-text-source",
         )
     return kind
 
@@ -104,7 +113,9 @@ def _kind(source: str) -> str:
 def _opened(source: str) -> IO[bytes]:
     if source in _STANDARD_INPUT:
         if sys.stdin is None or sys.stdin.buffer.closed:
-            raise UsageError("there is no standard input, or it was read before", "put the text into a file")
+            raise UsageError(
+                "there is no standard input, or it was read before", "put the text into a file", code="bad-text-source"
+            )
         return sys.stdin.buffer
     path = Path(source).expanduser()
     return cast("IO[bytes]", gzip.open(path)) if source.endswith(".gz") else path.open("rb")
@@ -146,7 +157,7 @@ def _json_lines(file: IO[bytes], source: str, field: str) -> Iterator[str]:
         number, end = number + 1, end + len(line)
         where = f"{source}, line {number}"
         if len(line) > _LINE_BYTES:
-            raise InputRefused(f"{where} is longer than {_LINE_BYTES:,} bytes", "give one object a line")
+            raise _UnreadableText(f"{where} is longer than {_LINE_BYTES:,} bytes", "give one object a line")
         try:
             text = line.decode("utf-8-sig" if number == 1 else "utf-8")
             if not text.strip():
@@ -156,7 +167,7 @@ def _json_lines(file: IO[bytes], source: str, field: str) -> Iterator[str]:
             raise _not_utf8(where, end, error) from error
         except (ValueError, RecursionError) as error:
             reason = getattr(error, "msg", error)  # without the "line 1" of the line itself
-            raise InputRefused(f"{where} is not JSON ({reason})", "give one object a line") from error
+            raise _UnreadableText(f"{where} is not JSON ({reason})", "give one object a line") from error
         yield _field(row, field, where)
 
 
@@ -165,7 +176,9 @@ def _table_rows(source: str, field: str) -> Iterator[str]:
         from pyarrow import ArrowException
         from pyarrow.parquet import ParquetFile
     except ImportError as error:
-        raise UsageError(f"{source} needs the package pyarrow", "pip install pyarrow, or 'tsenor[datasets]'") from error
+        raise UsageError(
+            f"{source} needs the package pyarrow", "pip install pyarrow, or 'tsenor[datasets]'", code="missing-extra"
+        ) from error
     number = 0
     try:
         with ParquetFile(Path(source).expanduser()) as table:
@@ -177,7 +190,7 @@ def _table_rows(source: str, field: str) -> Iterator[str]:
                     number += 1
                     yield _field(row, field, f"{source}, row {number}")
     except ArrowException as error:
-        raise InputRefused(
+        raise _UnreadableText(
             f"{source} is not a parquet file that can be read ({_first_line(error)})", "fetch it again"
         ) from error
 
@@ -185,11 +198,13 @@ def _table_rows(source: str, field: str) -> Iterator[str]:
 def _dataset_rows(source: str, field: str) -> Iterator[str]:
     name, *more = source.removeprefix("hf:").split(":")
     if not name or len(more) > 2:
-        raise UsageError(f"{source!r} names no data set", "give hf:dataset[:config][:split]")
+        raise UsageError(f"{source!r} names no data set", "give hf:dataset[:config][:split]", code="bad-text-source")
     try:
         import datasets
     except ImportError as error:
-        raise UsageError(f"{source} needs the package datasets", "pip install 'tsenor[datasets]'") from error
+        raise UsageError(
+            f"{source} needs the package datasets", "pip install 'tsenor[datasets]'", code="missing-extra"
+        ) from error
     config, split = ["", *more][-2:] if more else ["", ""]
     try:
         rows = datasets.load_dataset(name, config or None, split=split or "train", streaming=True)
@@ -198,7 +213,7 @@ def _dataset_rows(source: str, field: str) -> Iterator[str]:
     except InputRefused:
         raise
     except Exception as error:  # a network, a hub and foreign files stand behind it
-        raise InputRefused(
+        raise _UnreadableText(
             f"{source} cannot be read ({_first_line(error)})",
             "check hf:dataset[:config][:split] and the network, or give a file",
         ) from error
@@ -206,28 +221,28 @@ def _dataset_rows(source: str, field: str) -> Iterator[str]:
 
 def _field(row: Any, field: str, where: str) -> str:  # noqa: ANN401  (what JSON holds)
     if not isinstance(row, dict):
-        raise InputRefused(f"{where} has no text {field!r}", f'it is not an object such as {{"{field}": "…"}}')
+        raise _UnreadableText(f"{where} has no text {field!r}", f'it is not an object such as {{"{field}": "…"}}')
     if field not in row:
         raise _no_field(where, field, row)
     text = row[field]
     if not isinstance(text, str):
-        raise InputRefused(
+        raise _UnreadableText(
             f"{where} has no text {field!r}", "it holds something else; name the field with --text-field"
         )
     if _SURROGATE.search(text):
-        raise InputRefused(f"{where}: half of a surrogate pair stands in {field!r}", "write whole characters")
+        raise _UnreadableText(f"{where}: half of a surrogate pair stands in {field!r}", "write whole characters")
     return text
 
 
 def _no_field(where: str, field: str, names: Iterable[str]) -> InputRefused:
     known = ", ".join(sorted(names)[:8]) or "nothing"
-    return InputRefused(f"{where} has no text {field!r}", f"it has {known}; name the field with --text-field")
+    return _UnreadableText(f"{where} has no text {field!r}", f"it has {known}; name the field with --text-field")
 
 
 def _not_utf8(where: str, end: int, error: UnicodeDecodeError) -> InputRefused:
     """`end`: position in the file of the end of what was decoded."""
     offset = end - len(error.object) + error.start
-    return InputRefused(f"{where} is not UTF-8 at byte {offset:,} ({error.reason})", "convert it to UTF-8")
+    return _UnreadableText(f"{where} is not UTF-8 at byte {offset:,} ({error.reason})", "convert it to UTF-8")
 
 
 def _first_line(error: Exception) -> str:

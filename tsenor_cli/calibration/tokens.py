@@ -141,6 +141,7 @@ def _windows(source: str, tokenizer: Tokenizer, length: int, field: str, digest:
         raise InputRefused(
             f"{source} has {len(pending):,} tokens, and a window {length:,}",
             "give more text, or a smaller --sequence-length",
+            code="too-few-tokens",
         )
 
 

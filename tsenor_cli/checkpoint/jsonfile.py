@@ -20,20 +20,25 @@ def parse_object(text: bytes, where: str) -> dict[str, Any]:
         raise InputRefused(
             f"{where} is larger than {MAX_JSON_BYTES:,} bytes or {_MAX_CONTAINERS:,} entries",
             "no real checkpoint needs that",
+            code="damaged-json",
         )
     try:
         value = json.loads(text.decode(), object_pairs_hook=_no_duplicates, parse_int=_integer)
     except (ValueError, RecursionError) as error:
-        raise InputRefused(f"{where} is not valid JSON ({error})", "the file is damaged: fetch it again") from error
+        raise InputRefused(
+            f"{where} is not valid JSON ({error})", "the file is damaged: fetch it again", code="damaged-json"
+        ) from error
     if not isinstance(value, dict):
-        raise InputRefused(f"{where} is not a JSON object", "the file is damaged: fetch it again")
+        raise InputRefused(f"{where} is not a JSON object", "the file is damaged: fetch it again", code="damaged-json")
     return value
 
 
 def read_object(path: Path) -> dict[str, Any]:
     """Read the JSON object in `path`."""
     if path.stat().st_size > MAX_JSON_BYTES:
-        raise InputRefused(f"{path} is larger than {MAX_JSON_BYTES:,} bytes", "no real checkpoint needs that")
+        raise InputRefused(
+            f"{path} is larger than {MAX_JSON_BYTES:,} bytes", "no real checkpoint needs that", code="damaged-json"
+        )
     return parse_object(path.read_bytes(), str(path))
 
 

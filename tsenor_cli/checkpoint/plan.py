@@ -123,13 +123,19 @@ def enforce(plan: Plan, spec: PruneSpec) -> None:
         raise CheckFailed(
             f"--strict: {first.choice.pattern} does not fit {first.tensor.name} {list(first.tensor.shape)}{more}",
             "choose another M, or leave them out with --ignore",
+            code="low-coverage",
         )
     if not plan.pruned:
-        raise CheckFailed("nothing to prune: no tensor is both prunable and selected", "see the reasons with --dry-run")
+        raise CheckFailed(
+            "nothing to prune: no tensor is both prunable and selected",
+            "see the reasons with --dry-run",
+            code="nothing-to-prune",
+        )
     if plan.coverage < spec.min_coverage:
         raise CheckFailed(
             f"coverage {plan.coverage:.4f} is below --min-coverage {spec.min_coverage:g}",
             "see what is skipped and why with --dry-run",
+            code="low-coverage",
         )
 
 
@@ -143,6 +149,7 @@ def _plan_tensor(tensor: DiskTensor, role: Role, spec: PruneSpec) -> TensorPlan:
         raise InputRefused(
             f"{tensor.name} is stored as {tensor.dtype}: the checkpoint is quantised or packed",
             "prune the original floating-point checkpoint",
+            code="quantised-checkpoint",
         )
     choice = spec.choice(tensor.name)
     reason = _reason_to_keep(tensor, role, spec, choice)
@@ -190,7 +197,9 @@ def _check_selection(spec: PruneSpec, tensors: tuple[TensorPlan, ...]) -> None:
     for option, patterns in (("--only", spec.only), ("--ignore", spec.ignore), ("the recipe's match", rules)):
         for pattern in patterns:
             if not any(matches(item.tensor.name, pattern) for item in tensors):
-                raise UsageError(f"{option} {pattern!r} fits no tensor", "list the names with tsenor inspect")
+                raise UsageError(
+                    f"{option} {pattern!r} fits no tensor", "list the names with tsenor inspect", code="bad-selection"
+                )
 
 
 def _largest_band(item: TensorPlan) -> int:

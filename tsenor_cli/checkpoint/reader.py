@@ -73,7 +73,11 @@ class DiskTensor:
 
         name = (TORCH_NAMES | _OTHER_TORCH_NAMES).get(self.dtype)
         if name is None:
-            raise InputRefused(f"{self.name} is stored as {self.dtype}, which cannot be read", "it is quantised")
+            raise InputRefused(
+                f"{self.name} is stored as {self.dtype}, which cannot be read",
+                "it is quantised",
+                code="quantised-checkpoint",
+            )
         rows, *others = self.shape or (1,)
         count, row_bytes = len(range(*slice(first, last).indices(rows))), self.nbytes // max(rows, 1)
         raw = torch.empty(count * row_bytes, dtype=torch.uint8, pin_memory=pinned)
@@ -141,7 +145,7 @@ class Checkpoint:
                 continue
             check_contained(path, self.directory)
             if not path.is_file():
-                raise InputRefused(f"{path} is not a regular file", "remove it from the checkpoint")
+                raise InputRefused(f"{path} is not a regular file", "remove it from the checkpoint", code="unsafe-file")
             found.append(relative)
         return tuple(found)
 
@@ -161,7 +165,9 @@ def open_checkpoint(directory: Path, revision: str | None = None) -> Checkpoint:
 def _open_checkpoint(directory: Path, revision: str | None) -> Checkpoint:
     config_path = directory / "config.json"
     if not config_path.is_file():
-        raise InputRefused(f"{directory} has no config.json", "give the directory of a transformers checkpoint")
+        raise InputRefused(
+            f"{directory} has no config.json", "give the directory of a transformers checkpoint", code="no-checkpoint"
+        )
     check_contained(config_path, directory)
     config = read_object(config_path)
     _refuse_quantised(directory, config)
@@ -171,7 +177,9 @@ def _open_checkpoint(directory: Path, revision: str | None) -> Checkpoint:
     packed = next((name for name in checkpoint.tensors if name.endswith(_PACKED_SUFFIXES)), None)
     if packed is not None:
         raise InputRefused(
-            f"{directory} holds packed weights ({packed})", "prune the original floating-point checkpoint"
+            f"{directory} holds packed weights ({packed})",
+            "prune the original floating-point checkpoint",
+            code="quantised-checkpoint",
         )
     return checkpoint
 
@@ -182,24 +190,34 @@ def read_shard(path: Path) -> Shard:
     with path.open("rb") as file:
         length = int.from_bytes(file.read(8), "little") if size >= 8 else -1
         if not 2 <= length <= min(MAX_JSON_BYTES, size - 8):
-            raise InputRefused(f"{path} is not a whole safetensors file", "it is damaged or cut short: fetch it again")
+            raise InputRefused(
+                f"{path} is not a whole safetensors file",
+                "it is damaged or cut short: fetch it again",
+                code="damaged-shard",
+            )
         header = file.read(length)
     entries = parse_object(header, f"the header of {path}")
     metadata = entries.pop("__metadata__", {})
     if not isinstance(metadata, dict) or not all(map(_is_text, (*metadata, *metadata.values()))):
-        raise InputRefused(f"the metadata of {path} is not text", "the file is damaged: fetch it again")
+        raise InputRefused(
+            f"the metadata of {path} is not text", "the file is damaged: fetch it again", code="damaged-shard"
+        )
     data_start = 8 + length
     tensors = sorted((_entry(path, name, entry, data_start) for name, entry in entries.items()), key=_position)
     end = data_start
     for tensor in tensors:
         if tensor.start != end:
             raise InputRefused(
-                f"{path}: tensors overlap or leave a hole before {tensor.name!r}", "fetch the file again"
+                f"{path}: tensors overlap or leave a hole before {tensor.name!r}",
+                "fetch the file again",
+                code="damaged-shard",
             )
         end = tensor.stop
     if end != size:
         state = "is cut short" if size < end else "has bytes after its last tensor"
-        raise InputRefused(f"{path} {state}: {size:,} bytes, its header says {end:,}", "fetch it again")
+        raise InputRefused(
+            f"{path} {state}: {size:,} bytes, its header says {end:,}", "fetch it again", code="damaged-shard"
+        )
     return Shard(path, header, metadata, tuple(tensors))
 
 
@@ -211,16 +229,24 @@ def check_contained(path: Path, directory: Path) -> None:
     try:
         target, root = path.resolve(), directory.resolve()
     except (OSError, RuntimeError) as error:  # the latter for links in a circle, before Python 3.13
-        raise InputRefused(f"{path} cannot be followed ({error})", "remove it from the checkpoint") from error
+        raise InputRefused(
+            f"{path} cannot be followed ({error})", "remove it from the checkpoint", code="unsafe-file"
+        ) from error
     blobs = root.parent.parent / "blobs" if root.parent.name == "snapshots" else root
     if not (target.is_relative_to(root) or target.is_relative_to(blobs)):
-        raise InputRefused(f"{path} links out of the checkpoint", "replace the link by the file itself")
+        raise InputRefused(
+            f"{path} links out of the checkpoint", "replace the link by the file itself", code="unsafe-file"
+        )
 
 
 def _shard_paths(directory: Path) -> list[Path]:
     single, index = directory / SINGLE_FILE, directory / INDEX_FILE
     if single.is_file() and index.is_file():
-        raise InputRefused(f"{directory} has both {SINGLE_FILE} and {INDEX_FILE}", "remove the one that is out of date")
+        raise InputRefused(
+            f"{directory} has both {SINGLE_FILE} and {INDEX_FILE}",
+            "remove the one that is out of date",
+            code="inconsistent-checkpoint",
+        )
     if single.is_file():
         names = [SINGLE_FILE]
     elif index.is_file():
@@ -230,11 +256,15 @@ def _shard_paths(directory: Path) -> list[Path]:
             path.name for pattern in ("*.bin", "*.pt", "*.pth", "*.ckpt") for path in directory.glob(pattern)
         )
         why = f"has only pickled weights ({pickles[0]})" if pickles else "has no safetensors weights"
-        raise InputRefused(f"{directory} {why}", "convert it with save_pretrained; tsenor never opens pickles")
+        raise InputRefused(
+            f"{directory} {why}", "convert it with save_pretrained; tsenor never opens pickles", code="no-safetensors"
+        )
     paths = [directory / name for name in names]
     for path in paths:
         if not path.is_file():
-            raise InputRefused(f"{path} is missing", f"{INDEX_FILE} names it: fetch it again")
+            raise InputRefused(
+                f"{path} is missing", f"{INDEX_FILE} names it: fetch it again", code="inconsistent-checkpoint"
+            )
         check_contained(path, directory)
     return paths
 
@@ -245,11 +275,13 @@ def _weight_map(directory: Path) -> dict[str, str]:
     check_contained(path, directory)
     weight_map = read_object(path).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
-        raise InputRefused(f"{path} has no weight_map", "the file is damaged: fetch it again")
+        raise InputRefused(f"{path} has no weight_map", "the file is damaged: fetch it again", code="damaged-json")
     for name in weight_map.values():
         if not (isinstance(name, str) and name.isprintable() and re.fullmatch(r"[^/\\:]+\.safetensors", name)):
             raise InputRefused(
-                f"{path} names {name!r}, not a safetensors file beside it", "do not trust this checkpoint"
+                f"{path} names {name!r}, not a safetensors file beside it",
+                "do not trust this checkpoint",
+                code="unsafe-index",
             )
     return weight_map
 
@@ -259,14 +291,20 @@ def _check_index(checkpoint: Checkpoint) -> None:
     if len(checkpoint.tensors) != sum(len(shard.tensors) for shard in checkpoint.shards):
         names = Counter(tensor.name for shard in checkpoint.shards for tensor in shard.tensors)
         twice = next(name for name, count in names.items() if count > 1)
-        raise InputRefused(f"{checkpoint.directory}: tensor {twice!r} is in two shards", "fetch the checkpoint again")
+        raise InputRefused(
+            f"{checkpoint.directory}: tensor {twice!r} is in two shards",
+            "fetch the checkpoint again",
+            code="inconsistent-checkpoint",
+        )
     if not (checkpoint.directory / INDEX_FILE).is_file():
         return
     for name, file in _weight_map(checkpoint.directory).items():
         tensor = checkpoint.tensors.get(name)
         if tensor is None or tensor.path.name != file:
             raise InputRefused(
-                f"tensor {name!r} is not in {file}, where the index puts it", "fetch the checkpoint again"
+                f"tensor {name!r} is not in {file}, where the index puts it",
+                "fetch the checkpoint again",
+                code="inconsistent-checkpoint",
             )
 
 
@@ -277,6 +315,7 @@ def _refuse_quantised(directory: Path, config: dict[str, Any]) -> None:
             raise InputRefused(
                 f"{directory} is already quantised or compressed ({key} in config.json)",
                 "prune the original floating-point checkpoint",
+                code="quantised-checkpoint",
             )
 
 
@@ -293,7 +332,11 @@ def _entry(path: Path, name: str, entry: object, data_start: int) -> DiskTensor:
             and (stop - start) * 8 == prod(shape) * DTYPE_BITS[dtype]
         ):
             return DiskTensor(name, path, dtype, tuple(shape), data_start + start, data_start + stop)
-    raise InputRefused(f"{path}: the entry of tensor {name!r} is not valid", "the file is damaged: fetch it again")
+    raise InputRefused(
+        f"{path}: the entry of tensor {name!r} is not valid",
+        "the file is damaged: fetch it again",
+        code="damaged-shard",
+    )
 
 
 def _is_text(value: object) -> bool:

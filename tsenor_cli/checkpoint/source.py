@@ -41,10 +41,14 @@ def resolve_checkpoint(model: str) -> tuple[Path, str | None]:
     if model and path.is_dir():
         return path, _cached_revision(path)
     if model and path.exists():
-        raise InputRefused(f"{model} is a file", "give the checkpoint's directory")
+        raise InputRefused(f"{model} is a file", "give the checkpoint's directory", code="no-checkpoint")
     match = _HUB_ID.fullmatch(model)
     if match is None or model.startswith(("./", "../", "/", "~")):
-        raise InputRefused(f"no such directory: {model!r}", "give a local checkpoint or a hub id, org/name[@revision]")
+        raise InputRefused(
+            f"no such directory: {model!r}",
+            "give a local checkpoint or a hub id, org/name[@revision]",
+            code="no-checkpoint",
+        )
     local = _download(match["repo"], match["revision"])
     return local, _cached_revision(local)
 
@@ -64,12 +68,14 @@ def _download(repo: str, revision: str | None) -> Path:
     except LocalEntryNotFoundError as error:
         why = "it is not in the local cache and the hub is off" if offline else "the hub cannot be reached"
         raise InputRefused(
-            f"no local directory {repo}, and as a hub id {why}", "check the name and the network"
+            f"no local directory {repo}, and as a hub id {why}", "check the name and the network", code="no-checkpoint"
         ) from error
     except (HfHubHTTPError, HFValidationError, OSError) as error:
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise InputRefused(
-            f"the hub has no usable {repo} ({reason})", "check the name, the revision and HF_TOKEN"
+            f"the hub has no usable {repo} ({reason})",
+            "check the name, the revision and HF_TOKEN",
+            code="no-checkpoint",
         ) from error
     return Path(found)
 

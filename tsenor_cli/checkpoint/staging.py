@@ -26,7 +26,7 @@ from filelock import FileLock, Timeout
 from tsenor_cli.checkpoint.journal import Identity, Journal
 from tsenor_cli.checkpoint.jsonfile import read_object
 from tsenor_cli.checkpoint.writer import REPORT_FILE
-from tsenor_cli.errors import CheckFailed, InputRefused, OutputUnavailable, TsenorError, UsageError
+from tsenor_cli.errors import DISK_FULL, CheckFailed, InputRefused, OutputUnavailable, TsenorError, UsageError
 
 _FUTILE = (InputRefused, CheckFailed, UsageError)  # the same run would end the same way again
 _TORCH_OUT_OF_MEMORY = ("can't allocate memory", "out of memory")  # of the CPU, of CUDA
@@ -54,9 +54,13 @@ def check_output(output: Path, source: Path, *, overwrite: bool) -> None:
     if not os.path.lexists(output):
         return
     if not overwrite:
-        raise OutputUnavailable(f"{output} exists", "give another -o, or --overwrite to replace it")
+        raise OutputUnavailable(
+            f"{output} exists", "give another -o, or --overwrite to replace it", code="output-exists"
+        )
     if output.is_symlink() or not output.is_dir() or not _is_checkpoint(output):
-        raise OutputUnavailable(f"{output} is not a checkpoint, so --overwrite leaves it alone", "give another -o")
+        raise OutputUnavailable(
+            f"{output} is not a checkpoint, so --overwrite leaves it alone", "give another -o", code="output-exists"
+        )
 
 
 def check_space(output: Path, needed_bytes: int) -> None:
@@ -68,13 +72,15 @@ def check_space(output: Path, needed_bytes: int) -> None:
         raise TsenorError(
             f"{place} has {free / 1e9:.2f} GB free and the output needs {needed_bytes / 1e9:.2f} GB",
             "free some space, or write elsewhere with -o",
+            code="disk-full",
         )
 
 
 def _bytes_on_disk(path: Path) -> int:
     """Less than its size where there are holes."""
     facts = path.stat()
-    return facts.st_blocks * 512 if os.name == "posix" else facts.st_size
+    blocks: int | None = getattr(facts, "st_blocks", None)  # Windows does not count them
+    return facts.st_size if blocks is None else blocks * 512
 
 
 def identity_sha256(identity: Identity) -> str:
@@ -121,7 +127,9 @@ def staged_output(output: Path, identity: Identity, *, overwrite: bool, resume: 
         with _only_writer(output):
             _recover(partial, output)
             if os.path.lexists(output) and not overwrite:
-                raise OutputUnavailable(f"{output} exists", "give another -o, or --overwrite to replace it")
+                raise OutputUnavailable(
+                    f"{output} exists", "give another -o, or --overwrite to replace it", code="output-exists"
+                )
             try:
                 staged = _enter(partial, output, identity, resume)
                 yield staged
@@ -148,7 +156,9 @@ def _enter(partial: Path, output: Path, identity: Identity, resume: bool | None)
     journal = Journal(partial / "journal")
     if len(journal) and resume is None:
         raise OutputUnavailable(
-            f"an interrupted run has left {output} unfinished", "go on with --resume, or start over with --no-resume"
+            f"an interrupted run has left {output} unfinished",
+            "go on with --resume, or start over with --no-resume",
+            code="unfinished-run",
         )
     if len(journal) and resume:
         assert journal.identity is not None
@@ -169,6 +179,7 @@ def _refuse_another_run(output: Path, before: Identity, now: Identity) -> None:
         raise OutputUnavailable(
             f"cannot resume {output}: {key} was {before.get(key, 'not there')} and is {now.get(key, 'gone')}{more}",
             "make it what it was, or start over with --no-resume",
+            code="resume-mismatch",
         )
 
 
@@ -182,7 +193,9 @@ def _only_writer(output: Path) -> Iterator[None]:
     try:
         lock.acquire(timeout=0)
     except Timeout as error:
-        raise OutputUnavailable(f"another run is writing {output}", "wait for it, or give another -o") from error
+        raise OutputUnavailable(
+            f"another run is writing {output}", "wait for it, or give another -o", code="output-locked"
+        ) from error
     try:
         yield
     finally:
@@ -244,12 +257,13 @@ def _plain_failures(output: Path) -> Iterator[None]:
         yield
     except OSError as error:
         what = f"{error.filename or output}: {error.strerror or error}"
-        raise _with_notes(TsenorError(what, "mend this, or write elsewhere with -o"), error) from error
+        remedy, full = "mend this, or write elsewhere with -o", error.errno in DISK_FULL
+        raise _with_notes(TsenorError(what, remedy, code="disk-full" if full else None), error) from error
     except (MemoryError, RuntimeError) as error:
         if isinstance(error, RuntimeError) and not any(words in str(error) for words in _TORCH_OUT_OF_MEMORY):
             raise
         remedy = "free some, or need less with --memory-budget or fewer --samples"
-        raise _with_notes(TsenorError("out of memory", remedy), error) from error
+        raise _with_notes(TsenorError("out of memory", remedy, code="out-of-memory"), error) from error
 
 
 def _with_notes(plain: TsenorError, error: BaseException) -> TsenorError:

@@ -78,6 +78,7 @@ def _solve(
                 raise TsenorError(
                     f"{device} has too little free memory for {request.pattern.m} rows of {scores.shape[-1]} scores",
                     "free some of it, or use --device cpu",
+                    code="out-of-memory",
                 ) from None
         elements = min(elements, scores.numel()) // 2
         torch.cuda.empty_cache()
@@ -128,6 +129,8 @@ def _kernel(request: Request) -> Kernel:
 
 class KernelFailed(TsenorError):
     """A kernel does not compile, or not run, on this GPU."""
+
+    code = "kernel-failed"
 
 
 @contextmanager

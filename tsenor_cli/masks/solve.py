@@ -167,13 +167,15 @@ def _check_shape(scores: torch.Tensor, pattern: NMPattern) -> None:
         raise UsageError(f"scores are {scores.dtype} of shape {tuple(scores.shape)}", "give a floating [.., out, in]")
     if not pattern.divides(*scores.shape[-2:]):
         out_features, in_features = scores.shape[-2:]
-        raise UsageError(f"{pattern} {pattern.kind} does not divide a {out_features}x{in_features} matrix")
+        raise UsageError(
+            f"{pattern} {pattern.kind} does not divide a {out_features}x{in_features} matrix", code="bad-pattern"
+        )
 
 
 def _why_unusable(scores: torch.Tensor, absolute: bool) -> TsenorError | None:
     wide = scores.float() if scores.element_size() == 1 else scores
     if not bool(torch.isfinite(wide).all()):
-        return InputRefused(Status.NONFINITE.sentence, Status.NONFINITE.remedy)
+        return InputRefused(Status.NONFINITE.sentence, Status.NONFINITE.remedy, code="nonfinite-weights")
     if not absolute and bool((wide < 0).any()):
         return UsageError(f"scores are negative (down to {wide.min().double():g})", "give magnitudes, or absolute=True")
     return None

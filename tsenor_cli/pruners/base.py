@@ -160,6 +160,7 @@ def require(stats: InputStats | None, needs: Needs, weight: torch.Tensor) -> Inp
         raise InputRefused(
             "the inputs seen in calibration are infinite or not a number",
             "the model overflows on this text: use other text, or --method magnitude",
+            code="nonfinite-inputs",
         )
     return stats
 
@@ -208,5 +209,7 @@ def overflow(dtype: torch.dtype) -> TsenorError:
     """An update has left the range of the dtype."""
     name = str(dtype).removeprefix("torch.")
     return TsenorError(
-        f"the updated weights do not fit into {name}", "use --no-update, which keeps weights as they are, or --damping"
+        f"the updated weights do not fit into {name}",
+        "use --no-update, which keeps weights as they are, or --damping",
+        code="overflow",
     )

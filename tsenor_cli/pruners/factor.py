@@ -139,6 +139,7 @@ class _Factorised:
         raise TsenorError(
             f"the Gram matrix of the inputs is not positive definite, even with damping {damping / 10:g}",
             "use more calibration text, or --method wanda, which needs no factorisation",
+            code="not-positive-definite",
         )
 
     def _cholesky(self, damping: float) -> bool:

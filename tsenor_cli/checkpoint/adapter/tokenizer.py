@@ -41,6 +41,7 @@ class CheckpointTokenizer:
             raise InputRefused(
                 f"{directory} has no tokenizer that can be loaded ({reason})",
                 "copy the tokenizer's files into the checkpoint",
+                code="no-tokenizer",
             ) from error
         self.eos: int | None = self._tokenizer.eos_token_id
         digest = hashlib.sha256()
@@ -64,7 +65,9 @@ def window_length(checkpoint: Checkpoint, wanted: int | None) -> int:
     config = AutoConfig.from_pretrained(checkpoint.directory, trust_remote_code=False, local_files_only=True)
     longest = getattr(config.get_text_config(), "max_position_embeddings", None)
     if not (longest is None or (isinstance(longest, int) and longest >= 2)):
-        raise InputRefused(f"the config has max_position_embeddings {longest!r}", "give it a whole number from 2")
+        raise InputRefused(
+            f"the config has max_position_embeddings {longest!r}", "give it a whole number from 2", code="bad-config"
+        )
     if wanted is None:
         return min(USUAL_LENGTH, longest or USUAL_LENGTH)
     if wanted < 2 or (longest is not None and wanted > longest):

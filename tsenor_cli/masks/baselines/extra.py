@@ -13,4 +13,6 @@ def need(module: str) -> Any:  # noqa: ANN401  (a module's attributes are of any
     try:
         return import_module(module)
     except ImportError as error:
-        raise UsageError(f"{module.partition('.')[0]} is not installed", "pip install 'tsenor[bench]'") from error
+        raise UsageError(
+            f"{module.partition('.')[0]} is not installed", "pip install 'tsenor[bench]'", code="missing-extra"
+        ) from error
