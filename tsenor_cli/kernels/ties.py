@@ -10,7 +10,7 @@ if TYPE_CHECKING:  # else late: GPU kernels, which need these numbers of bits, a
     import numpy.typing as npt
 
 SCORE_BITS = 55  # scores become integers below 2^55 ...
-TIE_BITS = 23  # ... and tie terms integers below 2^23 are added: 2^-32 of the largest score
+TIE_BITS = 23  # ... and tie terms integers below 2^23 are added: less than 2^-31 of the largest score
 _SYMMETRIC_BITS, _OTHER_BITS = 17, 5
 
 
