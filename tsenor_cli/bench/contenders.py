@@ -7,7 +7,7 @@ from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
-from multiprocessing import get_context
+from multiprocessing import get_all_start_methods, get_context
 
 import torch
 
@@ -37,7 +37,8 @@ def contenders(names: tuple[str, ...], pattern: NMPattern, processes: int) -> It
     """Those of `names` that can solve `pattern`; what is serial by nature runs in `processes` processes."""
     if unknown := sorted(set(names) - set(CONTENDERS)):
         raise UsageError(f"unknown solver {unknown[0]!r}", f"known: {', '.join(CONTENDERS)}")
-    with ProcessPoolExecutor(processes, mp_context=get_context("forkserver")) as pool:
+    start = "forkserver" if "forkserver" in get_all_start_methods() else "spawn"  # Windows has the second alone
+    with ProcessPoolExecutor(processes, mp_context=get_context(start)) as pool:
         list(pool.map(abs, range(processes)))  # started before anybody looks at a clock
         shared = partial(_in_processes, pool, processes)
         known = [

@@ -35,7 +35,8 @@ def _processor() -> str:
     info = Path("/proc/cpuinfo")
     if not info.is_file():
         return platform.processor() or platform.machine()
-    facts = dict(line.split(":", 1) for line in info.read_text().split("\n\n")[0].splitlines() if ":" in line)
+    first = info.read_text(encoding="utf-8").split("\n\n")[0]
+    facts = dict(line.split(":", 1) for line in first.splitlines() if ":" in line)
     known = {key.strip(): value.strip() for key, value in facts.items()}
     name = known.get("model name", platform.machine())
     return f"{name} (family {known['cpu family']}, model {known['model']})" if "cpu family" in known else name

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
@@ -21,7 +20,7 @@ class Activations:
         self._held: list[torch.Tensor] = []  # on the meta device where the values are in the file
         self._starts: list[int] = []
         self._end = 0
-        # Without a name from the start: nothing is left behind, whatever happens to the process.
+        # Without a name from the start (on Windows it goes with its handle): nothing is left behind, whatever happens.
         self._file = None if spill_to is None else tempfile.TemporaryFile(dir=spill_to, buffering=0)  # noqa: SIM115
 
     def __len__(self) -> int:
@@ -39,7 +38,7 @@ class Activations:
         if self._file is None:
             return held
         states = torch.empty(held.shape, dtype=held.dtype)
-        self._transfer(states, batch, lambda file, part, at: os.preadv(file, [part], at))
+        self._transfer(states, batch, self._file.readinto)
         return states
 
     def __setitem__(self, batch: int, states: torch.Tensor) -> None:
@@ -48,17 +47,17 @@ class Activations:
         if self._file is None:
             self._held[batch] = states
         else:
-            self._transfer(states.contiguous(), batch, os.pwrite)
+            self._transfer(states.contiguous(), batch, self._file.write)
 
     def close(self) -> None:
         """Give back what they take on disk; nothing can be read any more."""
         if self._file is not None:
             self._file.close()
 
-    def _transfer(self, states: torch.Tensor, batch: int, move: Callable[[int, memoryview, int], int]) -> None:
+    def _transfer(self, states: torch.Tensor, batch: int, move: Callable[[memoryview], int]) -> None:
         """Move all bytes of `states` to or from the file; one call may move fewer."""
         assert self._file is not None
-        left, at = states.view(-1).view(torch.uint8).numpy().data, self._starts[batch]
+        self._file.seek(self._starts[batch])
+        left = states.view(-1).view(torch.uint8).numpy().data
         while left:
-            done = move(self._file.fileno(), left, at)
-            left, at = left[done:], at + done
+            left = left[move(left) :]

@@ -85,7 +85,9 @@ def _private(directory: Path) -> Path:
     """Create `directory` for us alone, or accept an existing one that is; raise PermissionError for any other."""
     directory.mkdir(mode=0o700, parents=True, exist_ok=True)
     found = directory.lstat()
-    if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.geteuid() or found.st_mode & 0o022:
+    # On Windows a user's folders are closed to others, and owner and mode say nothing.
+    foreign = hasattr(os, "geteuid") and (found.st_uid != os.geteuid() or found.st_mode & 0o022)
+    if foreign or not stat.S_ISDIR(found.st_mode):
         raise PermissionError(f"{directory} can be written to by others")
     return directory
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -42,13 +43,13 @@ def bounded_modules(most: int) -> Iterator[None]:
 def bounded_memory() -> Iterator[None]:
     """Let the process grow by _MEMORY_BYTES at most; MemoryError beyond. Linux only: others do not enforce it."""
     status = Path("/proc/self/statm")
-    if not status.is_file():
+    if sys.platform != "linux" or not status.is_file():
         yield
         return
     import resource
 
     before = resource.getrlimit(resource.RLIMIT_AS)
-    limit = int(status.read_text().split()[0]) * resource.getpagesize() + _MEMORY_BYTES
+    limit = int(status.read_text(encoding="ascii").split()[0]) * resource.getpagesize() + _MEMORY_BYTES
     if before[0] != resource.RLIM_INFINITY:
         limit = min(limit, before[0])
     resource.setrlimit(resource.RLIMIT_AS, (limit, before[1]))
