@@ -38,6 +38,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 from tsenor_cli.calibration.replay import Replay
 from tsenor_cli.checkpoint.adapter.skeleton import Skeleton
 from tsenor_cli.checkpoint.reader import open_checkpoint
+from tsenor_cli.device import CPU, computed_in
 from tsenor_cli.errors import InputRefused
 
 LAYERS, HEADS, HIDDEN, VOCAB, LENGTH = 4, 4, 64, 160, 24
@@ -227,7 +228,10 @@ def _small_rope(rope: Any) -> Any:  # noqa: ANN401  (a dict, one dict per kind o
 @torch.no_grad()
 def whole(kind: str, directory: Path) -> list[torch.Tensor]:
     """The logits of every batch, by the model that `from_pretrained` gives."""
-    model: PreTrainedModel = getattr(transformers, MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[kind]).from_pretrained(directory)
+    load = getattr(transformers, MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[kind]).from_pretrained
+    model: PreTrainedModel = load(directory)
+    if (dtype := computed_in(model.dtype, CPU)) != model.dtype:
+        model = load(directory, dtype=dtype)
     for parameter in model.parameters():
         # freshly allocated, hence aligned alike: matrix products may differ in the last bit with the alignment
         parameter.data = parameter.data.clone()

@@ -560,6 +560,19 @@ def _write_json(path: Path, content: Mapping[str, Any]) -> None:
     path.write_text(json.dumps(content, indent=2) + "\n")
 
 
+def load_whole(directory: Path) -> PreTrainedModel:
+    """The model as `from_pretrained` gives it to a user, in the dtype that layers run in on this CPU."""
+    import transformers
+
+    from tsenor_cli.device import CPU, computed_in
+
+    name = json.loads((directory / "config.json").read_text())["architectures"][0]
+    model = getattr(transformers, name).from_pretrained(directory)
+    if computed_in(model.dtype, CPU) != model.dtype:
+        model = getattr(transformers, name).from_pretrained(directory, dtype=computed_in(model.dtype, CPU))
+    return model.eval()
+
+
 def add_tokenizer(directory: Path) -> Path:
     """Give a checkpoint a tokenizer: a token for each letter, number 2 between texts."""
     from tokenizers import Regex, Tokenizer, models, pre_tokenizers

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 
 from tsenor_cli.cli import run
@@ -9,6 +10,8 @@ from tsenor_cli.cli import run
 
 def main() -> None:
     """Run the command line and exit with its documented code."""
+    # Threads of torch that wait spinning take the cores that others, or they themselves, need (docs/measured.md).
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     sys.exit(run(sys.argv[1:]))
 
 

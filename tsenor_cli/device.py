@@ -28,16 +28,32 @@ def find_device(name: str) -> torch.device:
     if match is None:
         raise UsageError(f"device {name!r} is not known", "give auto, cpu, cuda or cuda:0")
     if problem:
-        raise InputRefused(f"--device {name}: {problem}", "use --device cpu")
+        raise InputRefused(f"--device {name}: {problem}", "use --device cpu", code="no-gpu")
     index = torch.cuda.current_device() if match[1] is None else int(match[1])
     if index >= torch.cuda.device_count():
-        raise InputRefused(f"--device {name}: there are {torch.cuda.device_count()} GPUs", "count from 0")
+        raise InputRefused(
+            f"--device {name}: there are {torch.cuda.device_count()} GPUs", "count from 0", code="no-gpu"
+        )
     return torch.device("cuda", index)
 
 
 def device_name(device: torch.device) -> str:
     """As reports and tables give it: cpu, or cuda:0 (NVIDIA H200)."""
     return "cpu" if device.type == "cpu" else f"{device} ({torch.cuda.get_device_name(device)})"
+
+
+def computed_in(dtype: torch.dtype, device: torch.device) -> torch.dtype:
+    """What layers stored in `dtype` run in: float32 where the CPU has no instructions for a narrower one.
+
+    Torch would go through such products one number at a time, nine times as slowly (docs/measured.md), and round more.
+    """
+    if device.type != "cpu" or not torch.backends.mkldnn.is_available():  # type: ignore[no-untyped-call]
+        return dtype
+    has_instructions = {
+        torch.bfloat16: torch.ops.mkldnn._is_mkldnn_bf16_supported,  # noqa: SLF001  (what torch itself asks)
+        torch.float16: torch.ops.mkldnn._is_mkldnn_fp16_supported,  # noqa: SLF001
+    }
+    return torch.float32 if dtype in has_instructions and not has_instructions[dtype]() else dtype
 
 
 def why_no_gpu() -> str | None:

@@ -14,8 +14,10 @@ import torch
 from tsenor_cli import __version__
 from tsenor_cli.checkpoint.journal import Identity
 from tsenor_cli.checkpoint.plan import Plan
-from tsenor_cli.report.build import deciding_options, versions
+from tsenor_cli.device import CPU, computed_in
+from tsenor_cli.report.build import deciding_options
 from tsenor_cli.specs import PruneSpec
+from tsenor_cli.versions import versions
 
 if TYPE_CHECKING:
     from tsenor_cli.calibration.tokens import TextTokens
@@ -34,6 +36,7 @@ def run_identity(
     found |= {_option(name): json.dumps(value) for name, value in deciding_options(spec).items()}
     if plan.calibrated or eval_tokens is not None:  # sums depend on how they are cut into parts
         found["the number of threads"] = str(torch.get_num_threads())
+        found["what bfloat16 layers run in"] = str(computed_in(torch.bfloat16, CPU))
     found |= {"the calibration text": _text(tokens), "the text of --eval": _text(eval_tokens)}
     checkpoint = plan.checkpoint
     for path in [

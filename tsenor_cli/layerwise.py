@@ -149,14 +149,16 @@ class Layerwise:
         if site.fused and tokens < inputs:
             why = f"expert {site.expert} saw {tokens} tokens, fewer than its {inputs} inputs"
             if self._few_tokens == "error":
-                raise InputRefused(f"{item.tensor.name}: {why}", "give more text, or --few-tokens magnitude")
+                raise InputRefused(
+                    f"{item.tensor.name}: {why}", "give more text, or --few-tokens magnitude", code="too-few-tokens"
+                )
             return Magnitude().prune(weight, solver), why
         if seen is None:
             raise InputRefused(f"{item.tensor.name}: nothing went through {site.module}", "leave it out with --ignore")
         try:
             return pruner.prune(weight, solver, seen), None
         except TsenorError as error:
-            raise type(error)(f"{item.tensor.name}: {error.message}", error.remedy) from error
+            raise type(error)(f"{item.tensor.name}: {error.message}", error.remedy, code=error.code) from error
 
     def _pruner(self, item: TensorPlan) -> Pruner:
         assert item.choice is not None

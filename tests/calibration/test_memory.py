@@ -5,11 +5,13 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+import torch
 from checkpoints import HIDDEN, VOCAB, make_checkpoint
 
 from tsenor_cli.calibration.memory import expected_memory
 from tsenor_cli.checkpoint.plan import make_plan
 from tsenor_cli.checkpoint.reader import open_checkpoint
+from tsenor_cli.device import CPU, computed_in
 from tsenor_cli.specs import CalibrationSpec, NMPattern, PruneSpec
 
 
@@ -28,9 +30,10 @@ def test_the_parts_of_a_llama(tmp_path):
     found = parts("llama", tmp_path)
     assert found["Gram matrices of a layer"] == 8 * (3 * HIDDEN**2 + 96**2)
     layer = 2 * HIDDEN**2 + 2 * 32 * HIDDEN + 3 * 96 * HIDDEN + 2 * HIDDEN
-    assert found["two decoder layers"] == 2 * 2 * layer
-    assert found["outside the decoder layers"] == 2 * (2 * VOCAB * HIDDEN + HIDDEN)
-    assert found["hidden states"] == 10 * 32 * HIDDEN * 2
+    itemsize = computed_in(torch.bfloat16, CPU).itemsize
+    assert found["two decoder layers"] == itemsize * 2 * layer
+    assert found["outside the decoder layers"] == itemsize * (2 * VOCAB * HIDDEN + HIDDEN)
+    assert found["hidden states"] == itemsize * 10 * 32 * HIDDEN
 
 
 def test_norms_need_no_gram_matrices(tmp_path):

@@ -7,8 +7,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-import transformers
-from checkpoints import ARCHITECTURES, VOCAB, make_checkpoint, read_shards, write_checkpoint
+from checkpoints import ARCHITECTURES, VOCAB, load_whole, make_checkpoint, read_shards, write_checkpoint
 from torch import nn
 
 from tsenor_cli.calibration.replay import Replay
@@ -52,8 +51,7 @@ def checkpoint_of(tmp_path_factory):
 
 def whole(directory):
     """Hidden states after every layer [batch][layer], and logits [batch], of the model as a user gets it."""
-    name = json.loads((directory / "config.json").read_text())["architectures"][0]
-    model = getattr(transformers, name).from_pretrained(directory).eval()
+    model = load_whole(directory)
     for parameter in model.parameters():
         # freshly allocated, hence aligned alike: matrix products may differ in the last bit with the alignment
         parameter.data = parameter.data.clone()

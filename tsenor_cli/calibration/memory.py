@@ -68,7 +68,8 @@ def _gram_bytes(model: nn.Module, calibrated: list[TensorPlan]) -> dict[int, int
     modules = {item.site for item in calibrated if item.site is not None and not item.site.fused}
     collector = Collector(model, modules, gram=True)
     with collector.watching(), torch.no_grad(), contextlib.suppress(Exception):  # models may look at values
-        model(input_ids=torch.zeros(1, 8, dtype=torch.int64, device="meta"))
+        # The dtype does not matter here, but without values grouped products are only known for this one.
+        model.to(torch.bfloat16)(input_ids=torch.zeros(1, 8, dtype=torch.int64, device="meta"))
     leaders = collector.leaders
     found: dict[int, dict[Site, int]] = defaultdict(dict)
     for item in calibrated:

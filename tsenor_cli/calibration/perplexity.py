@@ -55,7 +55,7 @@ def measure_perplexity(
     memory_budget: int | None = None,
     device: torch.device = CPU,
 ) -> Perplexity:
-    """Perplexity on `tokens.windows`, in the checkpoint's own dtype.
+    """Perplexity on `tokens.windows`, in the checkpoint's own dtype, if the device can (see device.computed_in).
 
     Hidden states go to the directory for temporary files (TMPDIR) if they do not fit into the memory budget, in bytes.
 
@@ -68,7 +68,9 @@ def measure_perplexity(
     skeleton = Skeleton(checkpoint, device)
     if not skeleton.model.can_generate():
         raise InputRefused(
-            f"{type(skeleton.model).__name__} predicts no next token: it has no perplexity", "evaluate another model"
+            f"{type(skeleton.model).__name__} predicts no next token: it has no perplexity",
+            "evaluate another model",
+            code="unsupported-model",
         )
     windows = batches(tokens.windows)
     spills = memory_budget is not None and _needed(skeleton, tokens.windows) > memory_budget
@@ -81,7 +83,9 @@ def measure_perplexity(
     predicted = sum(batch[:, 1:].numel() for batch in windows)
     mean = math.fsum(losses) / predicted
     if not math.isfinite(mean):
-        raise TsenorError(f"{checkpoint.directory}: the loss is not finite", "the model overflows in its dtype")
+        raise TsenorError(
+            f"{checkpoint.directory}: the loss is not finite", "the model overflows in its dtype", code="overflow"
+        )
     return Perplexity(math.exp(mean), mean, predicted, str(skeleton.model.dtype).removeprefix("torch."), tokens)
 
 

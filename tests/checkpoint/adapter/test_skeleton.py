@@ -7,7 +7,7 @@ import json
 import pytest
 import torch
 import transformers
-from checkpoints import make_checkpoint, read_shards, write_checkpoint
+from checkpoints import load_whole, make_checkpoint, read_shards, write_checkpoint
 from transformers.utils import logging
 
 from tsenor_cli.checkpoint.adapter.skeleton import Skeleton, find_layers
@@ -31,11 +31,6 @@ def skeleton_of(directory):
     return Skeleton(open_checkpoint(directory))
 
 
-def loaded(directory):
-    name = json.loads((directory / "config.json").read_text())["architectures"][0]
-    return getattr(transformers, name).from_pretrained(directory).eval()
-
-
 def live_bytes(module):
     return sum(parameter.nbytes for parameter in module.parameters() if not parameter.is_meta)
 
@@ -49,7 +44,7 @@ def edited(source, directory, edit):
 
 @pytest.mark.parametrize("name", ["llama", "gpt2", "mixtral", "gpt_oss", "gemma3", "falcon", "gpt_neox"])
 def test_everything_is_as_from_pretrained_makes_it(name, checkpoint_of):
-    skeleton, expected = skeleton_of(checkpoint_of(name)), loaded(checkpoint_of(name))
+    skeleton, expected = skeleton_of(checkpoint_of(name)), load_whole(checkpoint_of(name))
     for index in range(len(skeleton.layers)):
         skeleton.load_layer(index)
     for kind in ("named_parameters", "named_buffers"):
@@ -68,7 +63,7 @@ def test_buffers_that_another_module_fills(tmp_path):
         ssm_multipliers=[1.5, 2.0, 3.0, 4.0, 5.0],
     )  # fmt: skip
     transformers.FalconH1ForCausalLM(config).save_pretrained(tmp_path)
-    skeleton, expected = skeleton_of(tmp_path), loaded(tmp_path)
+    skeleton, expected = skeleton_of(tmp_path), load_whole(tmp_path)
     for layer, wanted in zip(skeleton.layers, expected.model.layers, strict=True):
         assert torch.equal(layer.mamba.mup_vector, wanted.mamba.mup_vector)
         assert layer.mamba.mup_vector.max() == 5
@@ -97,7 +92,7 @@ def test_a_layer_comes_back_unchanged(checkpoint_of):
 
 @pytest.mark.parametrize(("name", "tied"), [("llama", False), ("qwen3", True), ("gpt2", True)])
 def test_outside_bytes_count_a_tied_head_once(name, tied, checkpoint_of):
-    skeleton, model = skeleton_of(checkpoint_of(name)), loaded(checkpoint_of(name))
+    skeleton, model = skeleton_of(checkpoint_of(name)), load_whole(checkpoint_of(name))
     embedding, head = model.get_input_embeddings().weight, model.get_output_embeddings().weight
     assert (embedding is head) == tied
     layers = {id(parameter) for parameter in model.get_submodule(skeleton.layers_name).parameters()}

@@ -12,13 +12,14 @@ from transformers import AutoConfig, AutoModel, PretrainedConfig, PreTrainedMode
 
 from tsenor_cli.checkpoint.adapter.bounds import bounded_memory, bounded_modules
 from tsenor_cli.checkpoint.reader import TORCH_NAMES, Checkpoint
+from tsenor_cli.device import CPU, computed_in
 from tsenor_cli.errors import InputRefused
 
 _MOST_LABELS = 1_000_000
 
 
-def meta_model(checkpoint: Checkpoint) -> PreTrainedModel:
-    """Build the model of a checkpoint on the meta device, in the dtype that `from_pretrained` would compute in.
+def meta_model(checkpoint: Checkpoint, device: torch.device = CPU) -> PreTrainedModel:
+    """Build the model of a checkpoint on the meta device, in the dtype that it is to be run in on `device`.
 
     Raises:
         InputRefused: transformers has no model for this config, or it needs remote code.
@@ -29,6 +30,8 @@ def meta_model(checkpoint: Checkpoint) -> PreTrainedModel:
             config = AutoConfig.from_pretrained(checkpoint.directory, trust_remote_code=False, local_files_only=True)
         if config.dtype is None:
             config.dtype = _first_dtype(checkpoint)
+        if isinstance(config.dtype, torch.dtype):
+            config.dtype = computed_in(config.dtype, device)
         build = _builder(config)
         # Tied, split and new parameters are none of the checkpoint's tensors, but no model has several times as many.
         most = 4 * len(checkpoint.tensors) + 1000
@@ -42,6 +45,7 @@ def meta_model(checkpoint: Checkpoint) -> PreTrainedModel:
         raise InputRefused(
             f"transformers cannot build the model of {checkpoint.directory} ({reason})",
             "the checkpoint needs remote code or another transformers version",
+            code="unsupported-model",
         ) from error
 
 
@@ -57,9 +61,12 @@ def _refuse_excess(checkpoint: Checkpoint) -> None:
                 raise InputRefused(
                     f"{checkpoint.directory} asks for code from elsewhere ({key} {value!r})",
                     "remove it from config.json",
+                    code="bad-config",
                 )
             if key == "num_labels" and isinstance(value, int) and value > _MOST_LABELS:
-                raise InputRefused(f"{checkpoint.directory} asks for {value:,} labels", "correct config.json")
+                raise InputRefused(
+                    f"{checkpoint.directory} asks for {value:,} labels", "correct config.json", code="bad-config"
+                )
 
 
 def _builder(config: PretrainedConfig) -> Callable[[], PreTrainedModel]:
@@ -69,7 +76,11 @@ def _builder(config: PretrainedConfig) -> Callable[[], PreTrainedModel]:
         return partial(AutoModel.from_config, config)
     found = getattr(transformers, names[0], None)
     if not (isinstance(found, type) and issubclass(found, PreTrainedModel)):
-        raise InputRefused(f"transformers {transformers.__version__} has no model {names[0]!r}", "upgrade transformers")
+        raise InputRefused(
+            f"transformers {transformers.__version__} has no model {names[0]!r}",
+            "upgrade transformers",
+            code="unsupported-model",
+        )
     return partial(found._from_config, config)  # noqa: SLF001  (what from_pretrained calls)
 
 

@@ -53,7 +53,7 @@ class Skeleton:
     def __init__(self, checkpoint: Checkpoint, device: torch.device = CPU) -> None:
         self.checkpoint = checkpoint
         self.device = device
-        self.model: PreTrainedModel = meta_model(checkpoint).eval()  # type: ignore[no-untyped-call]
+        self.model: PreTrainedModel = meta_model(checkpoint, device).eval()  # type: ignore[no-untyped-call]
         self.layers_name, self.layers = find_layers(self.model)
         self._mapping = get_model_conversion_mapping(self.model)
         self.layer_of = self._assign()
@@ -63,7 +63,11 @@ class Skeleton:
         _make_buffers(self.model, device)
         for name, tensor in chain(self.model.named_parameters(), self.model.named_buffers()):
             if tensor.is_meta and not name.startswith(f"{self.layers_name}."):
-                raise InputRefused(f"{name} is not in {checkpoint.directory}", "the checkpoint is incomplete")
+                raise InputRefused(
+                    f"{name} is not in {checkpoint.directory}",
+                    "the checkpoint is incomplete",
+                    code="inconsistent-checkpoint",
+                )
 
     def tensors_of(self, index: int) -> list[DiskTensor]:
         """The tensors on disk of one decoder layer."""
@@ -89,6 +93,7 @@ class Skeleton:
                 raise InputRefused(
                     f"{self.layers_name}.{index}.{name} is not in {self.checkpoint.directory}",
                     "the checkpoint is incomplete",
+                    code="inconsistent-checkpoint",
                 )
         return layer
 
@@ -125,13 +130,15 @@ class Skeleton:
             weight_mapping=self._mapping,  # type: ignore[arg-type]  # what its own function gave
         )
         with _no_progress_bar():
-            info, _ = convert_and_load_state_dict_in_model(self.model, dict(tensors), config)
+            # None: in transformers 5.15 no tensor parallelism, later no offloading to disk.
+            info, _ = convert_and_load_state_dict_in_model(self.model, dict(tensors), config, None)
         self.model.requires_grad_(False)  # what has just been loaded asks for gradients
         problems = [*info.error_msgs, *map(str, info.conversion_errors.values()), *map(str, info.mismatched_keys)]
         if problems:
             raise InputRefused(
                 f"transformers cannot load {self.checkpoint.directory} ({problems[0].strip().splitlines()[0]})",
                 "the tensors do not fit config.json",
+                code="inconsistent-checkpoint",
             )
 
 
@@ -159,7 +166,11 @@ def find_layers(model: PreTrainedModel) -> tuple[str, nn.ModuleList]:
     """
     kind = type(model).__name__
     if getattr(model.config, "is_encoder_decoder", False):
-        raise InputRefused(f"{kind} has an encoder and a decoder: it cannot be calibrated layer by layer", _REMEDY)
+        raise InputRefused(
+            f"{kind} has an encoder and a decoder: it cannot be calibrated layer by layer",
+            _REMEDY,
+            code="layerwise-unsupported",
+        )
     single = set(model._no_split_modules or ())  # noqa: SLF001  (the classes that must stay on one device: layers)
     found = [
         (sum(parameter.numel() for parameter in module.parameters()), name, module)
@@ -169,10 +180,16 @@ def find_layers(model: PreTrainedModel) -> tuple[str, nn.ModuleList]:
         and all(isinstance(item, GradientCheckpointingLayer) or type(item).__name__ in single for item in module)
     ]
     if not found:
-        raise InputRefused(f"{kind} has no list of layers that can be recognised", _REMEDY)
+        raise InputRefused(
+            f"{kind} has no list of layers that can be recognised", _REMEDY, code="layerwise-unsupported"
+        )
     _, name, layers = max(found, key=lambda item: item[0])
     if len(list(layers.parameters())) < sum(len(list(layer.parameters())) for layer in layers):
-        raise InputRefused(f"the layers of {kind} share weights: they cannot be calibrated one by one", _REMEDY)
+        raise InputRefused(
+            f"the layers of {kind} share weights: they cannot be calibrated one by one",
+            _REMEDY,
+            code="layerwise-unsupported",
+        )
     return name, layers
 
 
