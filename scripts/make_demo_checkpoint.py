@@ -182,7 +182,7 @@ def train_model(stream: torch.Tensor, steps: int) -> transformers.LlamaForCausal
         optimizer.step()
         optimizer.zero_grad()
         schedule.step()
-        if step % (steps // 6) == 0:
+        if step % max(steps // 6, 1) == 0:
             say(f"step {step} of {steps}: loss {loss.item():.2f}, {time.monotonic() - started:.0f} s")
     return model
 

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
-from checkpoints import make_checkpoint
+from checkpoints import add_tokenizer, make_checkpoint
 
 from tsenor_cli.cli import run
 
@@ -57,6 +57,24 @@ def pristine_llama(tmp_path_factory) -> Path:
 def llama(pristine_llama, tmp_path) -> Path:
     """A sharded tiny Llama that the test may damage."""
     return shutil.copytree(pristine_llama, tmp_path / "llama")
+
+
+@pytest.fixture(scope="session")
+def speaking_llama(tmp_path_factory) -> Path:
+    """A tiny Llama with a tokenizer; not to be damaged."""
+    return add_tokenizer(make_checkpoint("llama", tmp_path_factory.mktemp("speaking") / "llama"))
+
+
+@pytest.fixture
+def real_page():
+    """For tests in which the page of a run is looked at."""
+
+
+@pytest.fixture(autouse=True)
+def _plain_page(request, monkeypatch):
+    """To draw a page takes longer than to prune a tiny model: only where it matters is it drawn."""
+    if "real_page" not in request.fixturenames:
+        monkeypatch.setattr("tsenor_cli.report.page.report_page", lambda *_: "<!doctype html></html>")
 
 
 @pytest.fixture(autouse=True)

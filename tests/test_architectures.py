@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 QUICK = {("llama", "2:4"), ("gpt2", "2:4"), ("qwen3_moe", "2:4"), ("gpt_oss", "2:4")}
-WRITTEN_BY_US = {"README.md", "tsenor-report.json"}
+WRITTEN_BY_US = {"README.md", "tsenor-report.json", "tsenor-report.html"}
 
 
 # --- what is prunable, by the names in memory -------------------------------------------------------------------------

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from tsenor_cli.checkpoint.plan import Plan
+    from tsenor_cli.report.records import TensorRecord
 
 
 class Observer:
@@ -16,6 +17,9 @@ class Observer:
 
     def advanced(self, name: str, nbytes: int) -> None:
         """`nbytes` more of the input, all of them in tensor `name`, are done."""
+
+    def pruned(self, record: TensorRecord) -> None:
+        """A tensor is pruned and written."""
 
     def entered(self, stage: str) -> None:
         """A part of the run that has a name begins."""

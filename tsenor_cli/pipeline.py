@@ -7,7 +7,6 @@ from here.
 from __future__ import annotations
 
 import os
-import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -16,13 +15,12 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from tsenor_cli.checkpoint.journal import Journal
-from tsenor_cli.checkpoint.jsonfile import read_object
 from tsenor_cli.checkpoint.plan import Plan, enforce, make_plan
 from tsenor_cli.checkpoint.reader import Checkpoint, open_checkpoint
 from tsenor_cli.checkpoint.source import resolve_checkpoint
 from tsenor_cli.checkpoint.staging import Staged, already_finished, check_output, check_space, staged_output
 from tsenor_cli.checkpoint.verifier import Verification, verify_checkpoint
-from tsenor_cli.checkpoint.writer import REPORT_FILE, OutputShards, copy_file, write_text
+from tsenor_cli.checkpoint.writer import PAGE_FILE, REPORT_FILE, OutputShards, copy_file, write_text
 from tsenor_cli.device import device_name, find_device
 from tsenor_cli.errors import UsageError
 from tsenor_cli.identity import run_identity
@@ -34,7 +32,10 @@ from tsenor_cli.pruners.sparsegpt import SparseGPT
 from tsenor_cli.pruners.wanda import Wanda
 from tsenor_cli.report.build import build_report
 from tsenor_cli.report.card import CARD_FILE, model_card
+from tsenor_cli.report.costs import Costs
+from tsenor_cli.report.read import read_report
 from tsenor_cli.report.records import Report, TensorRecord
+from tsenor_cli.report.sample import take_samples
 from tsenor_cli.specs import CALIBRATED, METHODS, UPDATING, NMPattern, PruneSpec
 from tsenor_cli.streaming import copy_tensor, leave_nonfinite, prune_bands
 
@@ -60,7 +61,7 @@ def prune(spec: PruneSpec, observer: Observer | None = None) -> Report:
     Raises:
         UsageError, InputRefused, CheckFailed, OutputUnavailable, TsenorError: see errors.py and staged_output.
     """
-    started, observer = time.perf_counter(), observer or Observer()
+    costs, observer = Costs(), observer or Observer()
     output = Path(os.path.abspath(spec.output))  # noqa: PTH100  (resolve() would follow a link)
     _check_methods(spec)
     device = find_device(spec.device)
@@ -75,38 +76,49 @@ def prune(spec: PruneSpec, observer: Observer | None = None) -> Report:
     tokens, eval_tokens = _calibration_tokens(spec, plan), _eval_tokens(spec, checkpoint)
     identity = run_identity(spec, plan, device_name(device), tokens, eval_tokens)
     if spec.resume and already_finished(output, identity):
-        return Report.from_dict(read_object(output / REPORT_FILE))
+        return read_report(output)
     check_output(output, directory, overwrite=spec.overwrite)
     check_space(output, checkpoint.nbytes)
     observer.planned(plan)
+    costs.spent("planning")
     with staged_output(output, identity, overwrite=spec.overwrite, resume=spec.resume) as staged:
         before = after = None
         if eval_tokens is not None:
             before = _noted_perplexity(staged.journal, checkpoint, eval_tokens, observer, spec.memory_budget, device)
+            costs.spent("perplexity")
         shards = OutputShards(checkpoint, staged.directory)
         records = {item.tensor.name: copy_tensor(item, shards, observer) for item in plan.tensors if not item.pruned}
         records |= _finished(staged.journal, plan, shards, observer)
+        costs.spent("copying")
         for record in _pruned(spec, plan, set(records), tokens, staged, shards, observer, device):
             staged.journal.note("tensor", asdict(record))
             records[record.name] = record
+            observer.pruned(record)
+            _count(record, costs)
         shards.sync()
         for relative in checkpoint.other_files:
             copy_file(checkpoint.directory / relative, staged.directory / relative)
+        tile, histogram = take_samples(plan.pruned, shards.there)
+        costs.spent("finishing")
         if eval_tokens is not None:
             pruned = open_checkpoint(staged.directory)
             after = _measure(pruned, eval_tokens, observer, spec.memory_budget, device).to_dict()
+            costs.spent("perplexity")
         report = build_report(
             spec,
             identity,
             plan,
             [records[item.tensor.name] for item in plan.tensors],
             {name: pruner.citation for name, pruner in _pruners(spec).items()},
-            time.perf_counter() - started,
+            costs,
             device_name(device),
             tokens.to_dict() if tokens is not None else None,
             {"before": before, "after": after} if before and after else None,
+            tile,
+            histogram,
         )
         write_text(staged.directory / CARD_FILE, model_card(checkpoint, spec, report))
+        write_text(staged.directory / PAGE_FILE, _page(report))
         write_text(staged.directory / REPORT_FILE, report.to_json())
     return report
 
@@ -153,6 +165,18 @@ def evaluate(
     tokens = _text_tokens(checkpoints[0], text, field, sequence_length, max_windows)
     place = find_device(device)
     return [_measure(checkpoint, tokens, observer or Observer(), memory_budget, place) for checkpoint in checkpoints]
+
+
+def _page(report: Report) -> str:
+    from tsenor_cli.report.page import report_page  # and with it matplotlib, which only this needs
+
+    return report_page(report)
+
+
+def _count(record: TensorRecord, costs: Costs) -> None:
+    """A tensor has been pruned: what was not spent in its method went to running layers, reading and writing."""
+    masks, method = record.solver_seconds or 0.0, record.seconds or 0.0
+    costs.spent("layers", masks=masks, weights=method - masks)
 
 
 def _finished(journal: Journal, plan: Plan, shards: OutputShards, observer: Observer) -> dict[str, TensorRecord]:
@@ -270,7 +294,9 @@ def _plan(checkpoint: Checkpoint, spec: PruneSpec) -> Plan:
     spilled = plan.spilled()
     if spilled.peak_bytes > spec.memory_budget:
         raise UsageError(
-            f"--memory-budget {spec.memory_budget:,} bytes is too small", f"at least {spilled.peak_bytes:,} are needed"
+            f"--memory-budget {spec.memory_budget:,} bytes is too small",
+            f"at least {spilled.peak_bytes:,} are needed",
+            code="budget-too-small",
         )
     return spilled
 
@@ -287,7 +313,9 @@ def _check_methods(spec: PruneSpec) -> None:
             "--calibration is given, and no method needs it", "choose one with --method, such as sparsegpt"
         )
     if spec.calibration is not None and spec.calibration.source.startswith("-") and spec.eval_text in {"-", "-:jsonl"}:
-        raise UsageError("--calibration and --eval both ask for standard input", "give one of them a file")
+        raise UsageError(
+            "--calibration and --eval both ask for standard input", "give one of them a file", code="bad-text-source"
+        )
     if not spec.update and spec.methods.isdisjoint(UPDATING):
         raise UsageError("--no-update: no method changes weights", f"it is for {' and '.join(sorted(UPDATING))}")
 

@@ -8,7 +8,10 @@ import sys
 import types
 
 import pytest
+import torch
 from checkpoints import add_tokenizer, make_checkpoint
+
+from tsenor_cli.device import CPU, computed_in
 
 TEXT = "the quick brown fox jumps over the lazy dog, and again; " * 60
 SHORT = ("--samples", 8, "--sequence-length", 32)
@@ -90,7 +93,7 @@ def test_eval(tsenor, model, text):
     assert first == second
     assert ratio == "ratio 1.0000"
     assert "tokens in windows of 32, tokenizer " in first
-    assert first.endswith("bfloat16")
+    assert first.endswith(str(computed_in(torch.bfloat16, CPU)).removeprefix("torch."))
     found = json.loads(tsenor("eval", model, "--text", text, "--sequence-length", 32, "--json").out)
     assert f"{found['perplexity']:.4f}" == first.split()[0]
     assert found["tokens"] == found["samples"] * 32

@@ -315,7 +315,7 @@ def test_signals_stop_where_the_run_can_go_on(tsenor, llama, tmp_path, number, c
     _, err = process.communicate(timeout=60)
     assert (process.returncode, err) == (
         code,
-        f"tsenor: error: {what}; the same command with --resume goes on where this one stopped\n",
+        f"tsenor: error: {what}; the same command with --resume goes on where this one stopped [{what}]\n",
     )
     fails(tsenor("prune", llama, "--nm", "2:4"), 5, "--resume")
     done = tsenor("prune", llama, "--nm", "2:4", "--resume", "-q")
@@ -362,7 +362,7 @@ def test_out_of_memory_in_the_middle(tsenor, llama, monkeypatch):
         patch.setattr(pipeline, "prune_bands", greedy)
         outcome = tsenor("prune", llama, "--nm", "2:4")
     fails(outcome, 1, "out of memory: free some")
-    assert outcome.err.endswith("; the same command with --resume goes on where this one stopped\n")
+    assert outcome.err.endswith("; the same command with --resume goes on where this one stopped [out-of-memory]\n")
     assert tsenor("prune", llama, "--nm", "2:4", "--resume").code == 0
 
 

@@ -23,11 +23,11 @@ from tsenor_cli.checkpoint.jsonfile import read_object
 from tsenor_cli.checkpoint.layouts import LAYOUTS, Layout, banded_axis, fits, matrix_size, to_matrices
 from tsenor_cli.checkpoint.plan import bands, make_plan
 from tsenor_cli.checkpoint.reader import PRUNABLE_DTYPES, Checkpoint, DiskTensor
-from tsenor_cli.checkpoint.writer import REPORT_FILE
+from tsenor_cli.checkpoint.writer import PAGE_FILE, REPORT_FILE
 from tsenor_cli.errors import CheckFailed, InputRefused, UsageError
 from tsenor_cli.specs import UPDATING, NMPattern, PruneSpec
 
-_WRITTEN_ANEW = {Path("README.md"), Path(REPORT_FILE)}
+_WRITTEN_ANEW = {Path("README.md"), Path(REPORT_FILE), Path(PAGE_FILE)}
 Progress = Callable[[str, int], None]
 
 
@@ -124,14 +124,18 @@ def _claim(checkpoint: Checkpoint, pattern: NMPattern | None) -> _Claim:
         return _claim_of_report(path, pattern)
     if pattern is None:
         raise CheckFailed(
-            f"{checkpoint.directory} claims no sparsity: it has no {REPORT_FILE}", "say what to check for with --nm N:M"
+            f"{checkpoint.directory} claims no sparsity: it has no {REPORT_FILE}",
+            "say what to check for with --nm N:M",
+            code="nothing-to-verify",
         )
     plan = make_plan(checkpoint, PruneSpec(str(checkpoint.directory), Path(), pattern))
     found = {
         item.tensor.name: _PrunedClaim(pattern, item.layout, mask_only=True) for item in plan.pruned if item.layout
     }
     if not found:
-        raise CheckFailed(f"{checkpoint.directory} has no tensor that {pattern} fits", "see tsenor inspect")
+        raise CheckFailed(
+            f"{checkpoint.directory} has no tensor that {pattern} fits", "see tsenor inspect", code="nothing-to-verify"
+        )
     return _Claim(found)
 
 
@@ -143,7 +147,9 @@ def _claim_of_report(path: Path, pattern: NMPattern | None) -> _Claim:
         hashes = {record["name"]: str(record["sha256"]) for record in report["tensors"]}
         return _Claim(tensors, hashes if pattern is None else {})
     except (KeyError, TypeError, ValueError, UsageError) as error:
-        raise InputRefused(f"{path} is not a report of tsenor ({error})", "remove it and give --nm N:M") from error
+        raise InputRefused(
+            f"{path} is not a report of tsenor ({error})", "remove it and give --nm N:M", code="damaged-report"
+        ) from error
 
 
 def _claim_of_record(record: dict[str, Any], report: dict[str, Any], pattern: NMPattern | None) -> _PrunedClaim:

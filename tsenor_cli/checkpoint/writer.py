@@ -18,7 +18,7 @@ from tsenor_cli.checkpoint.reader import COPY_BYTES, Checkpoint, DiskTensor, Sha
 if TYPE_CHECKING:
     import torch
 
-REPORT_FILE = "tsenor-report.json"
+REPORT_FILE, PAGE_FILE = "tsenor-report.json", "tsenor-report.html"
 
 
 class Place:
@@ -65,7 +65,7 @@ class OutputShards:
     def place_of(self, tensor: DiskTensor) -> Iterator[Place]:
         """The tensor's place in its shard. A shard is synced when its last tensor is there."""
         with self._path(tensor.path).open("r+b") as file:
-            file.seek(self._there(tensor).start)
+            file.seek(self.there(tensor).start)
             yield Place(file, self._hasher)
             self._arrived(tensor, file)
 
@@ -73,7 +73,7 @@ class OutputShards:
         """Whether the bytes with this hash are there already."""
         found, left = hashlib.sha256(), tensor.nbytes
         with self._path(tensor.path).open("r+b") as file:
-            file.seek(self._there(tensor).start)
+            file.seek(self.there(tensor).start)
             while left and (part := file.read(min(left, COPY_BYTES))):
                 found.update(part)
                 left -= len(part)
@@ -82,9 +82,14 @@ class OutputShards:
                 self._arrived(tensor, file)
         return there
 
+    def there(self, tensor: DiskTensor) -> DiskTensor:
+        """The tensor in the output."""
+        shift = self._shifts[tensor.path]
+        return replace(tensor, path=self._path(tensor.path), start=tensor.start + shift, stop=tensor.stop + shift)
+
     def read(self, tensor: DiskTensor) -> torch.Tensor:
         """A tensor that is there."""
-        return self._there(tensor).read()
+        return self.there(tensor).read()
 
     def sync(self) -> None:
         """Everything is on the disk when this returns."""
@@ -97,11 +102,6 @@ class OutputShards:
         missing.discard(tensor.name)
         if not missing:
             _sync(file)
-
-    def _there(self, tensor: DiskTensor) -> DiskTensor:
-        """The tensor in the output."""
-        shift = self._shifts[tensor.path]
-        return replace(tensor, path=self._path(tensor.path), start=tensor.start + shift, stop=tensor.stop + shift)
 
     def _path(self, shard: Path) -> Path:
         return self._staging / shard.name

@@ -7,27 +7,44 @@ Exit codes: 0 ok · 1 failed · 2 usage · 3 input refused · 4 a check fell sho
 from __future__ import annotations
 
 import os
+import platform
 import sys
 from collections.abc import Sequence
+from itertools import pairwise
 
 import click
 
 from tsenor_cli import __version__
+from tsenor_cli.cli import console
 from tsenor_cli.cli.bench import bench
-from tsenor_cli.cli.console import printable
 from tsenor_cli.cli.eval import evaluate
 from tsenor_cli.cli.inspect import inspect
 from tsenor_cli.cli.prune import prune
+from tsenor_cli.cli.report import report
 from tsenor_cli.cli.signals import Stopped, signals_raise
 from tsenor_cli.cli.verify import verify
-from tsenor_cli.errors import TsenorError
+from tsenor_cli.errors import DISK_FULL, TsenorError, UsageError
+from tsenor_cli.versions import versions
 
-_ERROR_LINE = "tsenor: error: {}"
-_RESUME = "; the same command with --resume goes on where this one stopped"
+_RESUME = "the same command with --resume goes on where this one stopped"
+
+
+def _show_version(context: click.Context, _option: click.Parameter, asked: bool) -> None:
+    if asked:
+        others = ", ".join(f"{name} {version}" for name, version in versions().items())
+        console.emit(f"tsenor {__version__}\n{others}, {platform.system()} {platform.machine()}")
+        context.exit()
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
-@click.version_option(__version__, prog_name="tsenor")
+@click.option(
+    "--version",
+    is_flag=True,
+    is_eager=True,
+    expose_value=False,
+    callback=_show_version,
+    help="Show the version, and those of everything that takes part in a result.",
+)
 def cli() -> None:
     """Make Hugging Face checkpoints N:M sparse, with provably optimal masks.
 
@@ -36,40 +53,46 @@ def cli() -> None:
     """
 
 
-cli.add_command(prune)
-cli.add_command(verify)
-cli.add_command(inspect)
-cli.add_command(evaluate)
-cli.add_command(bench)
+for _command in (prune, verify, report, inspect, evaluate, bench):
+    cli.add_command(_command)
 
 
 def run(arguments: Sequence[str]) -> int:
     """Run one command and return its exit code; every expected failure is one line on stderr."""
+    console.set_log_format(as_json=_wants_json(arguments))
+    hint = [_RESUME] if arguments[:1] == ["prune"] else []
+
+    def end_at_once(stopped: Stopped) -> None:
+        what = f"{stopped.what}, without waiting for what was being computed"
+        console.error(what, stopped.exit_code, stopped.what, notes=hint)
+
     try:
-        with signals_raise(_ERROR_LINE.format("{}" + _RESUME * (arguments[:1] == ["prune"]))):
+        with signals_raise(end_at_once):
             cli.main(list(arguments), prog_name="tsenor", standalone_mode=False)
             sys.stdout.flush()
             return 0
     except click.ClickException as error:
         command = error.ctx.command_path if isinstance(error, click.UsageError) and error.ctx else "tsenor"
-        return _fail(f"{error.format_message()} (see {command} --help)", error.exit_code)
+        return _fail(error, f"{error.format_message()} (see {command} --help)", error.exit_code, UsageError.code)
     except TsenorError as error:
-        return _fail(_with_notes(str(error), error), error.exit_code)
+        return _fail(error, error.message, error.exit_code, error.code, error.remedy)
     except Stopped as stopped:
-        return _fail(_with_notes(stopped.what, stopped), stopped.exit_code)
+        return _fail(stopped, stopped.what, stopped.exit_code, stopped.what)
     except BrokenPipeError:
         # The reader of stdout has gone: nothing more can be said there. Keep the interpreter's last flush quiet.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
     except OSError as error:
-        return _fail(f"{error.filename or 'input or output'}: {error.strerror or error}", 1)
+        code = "disk-full" if error.errno in DISK_FULL else TsenorError.code
+        return _fail(error, f"{error.filename or 'input or output'}: {error.strerror or error}", 1, code)
 
 
-def _fail(message: str, code: int) -> int:
-    click.echo(_ERROR_LINE.format(printable(message)), err=True)
-    return code
+def _wants_json(arguments: Sequence[str]) -> bool:
+    """Whether --log-format json is given; asked before the rest is understood, so that its errors are events, too."""
+    return "--log-format=json" in arguments or ("--log-format", "json") in pairwise(arguments)
 
 
-def _with_notes(message: str, error: BaseException) -> str:
-    """What is left after a run that failed is in the notes of its error (checkpoint/staging.py)."""
-    return "; ".join([message, *getattr(error, "__notes__", ())])
+def _fail(error: BaseException, message: str, exit_code: int, code: str, remedy: str = "") -> int:
+    """Say it, with what is left after a run that failed: the notes of its error (checkpoint/staging.py)."""
+    console.error(message, exit_code, code, remedy, getattr(error, "__notes__", ()))
+    return exit_code

@@ -152,8 +152,8 @@ def _show(comparison: Comparison) -> None:
         )
         for one in comparison.measurements
     ]
+    console.note(f"{comparison.pattern}, {comparison.problem['name']}, {comparison.problem['dtype']}")
     console.table(
-        f"{comparison.pattern}, {comparison.problem['name']}, {comparison.problem['dtype']}",
         ("solver", "", "time", "ns/score", "of exact", "gap", "worst block", "full blocks"),
         rows,
     )

@@ -1,4 +1,4 @@
-"""What people see while and after a command works: progress bars, tables, notes. All of it on stderr, or asked for.
+"""What people and their jobs see while and after a command works: progress, tables, notes, events. All on stderr.
 
 The only user of rich and tqdm. Results for programs go to stdout through `emit`.
 """
@@ -9,15 +9,58 @@ import contextlib
 import json
 import os
 import sys
+import time
 from collections.abc import Iterator, Sequence
+from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any
 
 import click
 
 from tsenor_cli.observer import Observer
+from tsenor_cli.report.costs import memory_bytes
+from tsenor_cli.report.words import size
 
 if TYPE_CHECKING:
     from tsenor_cli.checkpoint.plan import Plan
+    from tsenor_cli.report.records import TensorRecord
+
+_BAR = "{desc}{percentage:3.0f}% {bar:12} {n_fmt}B of {total_fmt}B, {rate_fmt}, {remaining} left{postfix}"
+_REFRESH_S = 0.2  # of what is costly to find out
+_EVENT_S = 1.0  # between two events of progress
+
+
+class _Log:
+    """How lines on stderr are written: there is one stderr, and --log-format decides for all of it."""
+
+    json = False
+
+
+def set_log_format(*, as_json: bool) -> None:
+    _Log.json = as_json
+
+
+def event(name: str, **facts: Any) -> None:  # noqa: ANN401
+    """One line of JSON on stderr, if that was asked for."""
+    if _Log.json:
+        now = datetime.now(UTC).isoformat(timespec="milliseconds")
+        click.echo(json.dumps({"time": now, "event": name, **facts}, allow_nan=False), err=True)
+
+
+def note(text: str) -> None:
+    """One line for people, on stderr."""
+    if _Log.json:
+        event("note", message=text)
+    else:
+        click.echo(printable(text), err=True)
+
+
+def error(message: str, exit_code: int, code: str, remedy: str = "", notes: Sequence[str] = ()) -> None:
+    """The last line of a command that failed; `notes` say what is left of it."""
+    if _Log.json:
+        event("error", message=message, remedy=remedy, notes=notes, code=code, exit_code=exit_code)
+    else:
+        text = "; ".join([f"{message}: {remedy}" if remedy else message, *notes])
+        click.echo(printable(f"tsenor: error: {text} [{code}]"), err=True)
 
 
 @contextlib.contextmanager
@@ -31,20 +74,21 @@ def quiet_libraries(*, verbose: bool) -> None:
     """Keep transformers' advice and Python's warnings for -v."""
     if verbose:
         return
+    import logging
     import warnings
 
     warnings.simplefilter("ignore")
+    logging.getLogger("matplotlib").setLevel(logging.ERROR)  # it would tell where it keeps its list of fonts
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # read when transformers is first imported
 
 
 def emit(result: dict[str, Any] | str) -> None:
     """The command's result on stdout: a JSON object, or one line."""
-    click.echo(result if isinstance(result, str) else json.dumps(result, indent=1, allow_nan=False))
+    click.echo(result if isinstance(result, str) else as_json(result), nl=isinstance(result, str))
 
 
-def note(text: str) -> None:
-    """One line for people, on stderr."""
-    click.echo(printable(text), err=True)
+def as_json(result: dict[str, Any]) -> str:
+    return json.dumps(result, indent=1, allow_nan=False) + "\n"
 
 
 def printable(text: str) -> str:
@@ -52,8 +96,14 @@ def printable(text: str) -> str:
     return "".join(char if char.isprintable() else char.encode("unicode_escape").decode() for char in text)
 
 
-def table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]], *, to_stdout: bool = False) -> None:
+def table(columns: Sequence[str], rows: Sequence[Sequence[str]], *, to_stdout: bool = False) -> None:
     """A table for people. `to_stdout` when it is what the user asked for, as with inspect."""
+    if to_stdout or not _Log.json:
+        click.echo(render_table(columns, rows, to_stdout=to_stdout), err=not to_stdout, nl=False, color=True)
+
+
+def render_table(columns: Sequence[str], rows: Sequence[Sequence[str]], *, to_stdout: bool = True) -> str:
+    """The table as text, with colours where the terminal, or NO_COLOR and its kin, have them."""
     from rich.console import Console
     from rich.table import Table
     from rich.text import Text
@@ -61,34 +111,60 @@ def table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]], *, 
     console = Console(stderr=not to_stdout)
     if not console.is_terminal:  # a pipe has no width to fit into
         console = Console(stderr=not to_stdout, width=200)
-    shown = Table(title=title or None, title_justify="left", box=None, show_header=any(columns), header_style="bold")
+    shown = Table(box=None, show_header=any(columns), header_style="bold")
     for column in columns:
         shown.add_column(column, overflow="fold")
     for row in rows:
         shown.add_row(*(Text(printable(cell)) for cell in row))  # Text: brackets in names are not markup
-    console.print(shown)
+    with console.capture() as captured:
+        console.print(shown)
+    return captured.get()
 
 
-class ProgressBar(Observer):
-    """An observer that draws bytes done; silent where stderr is not a terminal."""
+def progress(*, quiet: bool, verbose: bool = False) -> Progress:
+    """What tells of a run, as the log format asks for."""
+    return EventLog(quiet=quiet) if _Log.json else ProgressBar(quiet=quiet, verbose=verbose)
 
-    def __init__(self, *, quiet: bool, verbose: bool = False) -> None:
-        self._bar: Any = None
-        self._off = True if quiet else None  # None: tqdm decides by whether stderr is a terminal
-        self._verbose = verbose
-        self._last = ""
+
+class Progress(Observer):
+    """An observer that can be told the size of the work, and that ends."""
 
     def start(self, total_bytes: int) -> None:
-        from tqdm import tqdm
+        """Work of this size begins."""
 
-        self._bar = tqdm(total=total_bytes, unit="B", unit_scale=True, disable=self._off, file=sys.stderr, leave=False)
+    def close(self) -> None:
+        """No more is coming."""
 
     def planned(self, plan: Plan) -> None:
         self.start(sum(item.tensor.nbytes for item in plan.tensors))
 
+
+class ProgressBar(Progress):
+    """Draws bytes done; silent where stderr is not a terminal."""
+
+    def __init__(self, *, quiet: bool, verbose: bool) -> None:
+        self._bar: Any = None
+        self._off = True if quiet else None  # None: tqdm decides by whether stderr is a terminal
+        self._verbose = verbose
+        self._last, self._refreshed = "", 0.0
+
+    def start(self, total_bytes: int) -> None:
+        from tqdm import tqdm
+
+        self._bar = tqdm(
+            total=total_bytes,
+            unit="B",
+            unit_scale=True,
+            disable=self._off,
+            file=sys.stderr,
+            leave=False,
+            dynamic_ncols=True,
+            bar_format=_BAR,
+        )
+
     def advanced(self, name: str, nbytes: int) -> None:
         if self._bar is not None:
-            self._bar.set_postfix_str(name, refresh=False)
+            self._tell(name)
             self._bar.update(nbytes)
         if self._verbose and name != self._last:
             note(name)
@@ -96,7 +172,7 @@ class ProgressBar(Observer):
 
     def entered(self, stage: str) -> None:
         if self._bar is not None:
-            self._bar.set_description_str(stage)
+            self._bar.set_description_str(f"{stage}  ")
         if self._verbose:
             note(stage)
 
@@ -104,21 +180,44 @@ class ProgressBar(Observer):
         if self._bar is not None:
             self._bar.close()
 
+    def _tell(self, name: str) -> None:
+        """Memory, and where in the model the work is."""
+        now = time.monotonic()
+        if self._bar.disable or now - self._refreshed < _REFRESH_S:
+            return
+        self._refreshed, memory = now, memory_bytes()
+        where = printable(name.removeprefix("model.").removesuffix(".weight"))
+        self._bar.set_postfix_str(f"{size(memory)}, {where}" if memory is not None else where, refresh=False)
 
-def count(number: int) -> str:
-    """1234567 → 1.235M."""
-    return _scaled(number, 1000, ("", "K", "M", "G", "T"))
 
+class EventLog(Progress):
+    """Writes events for a job to read."""
 
-def size(nbytes: int) -> str:
-    """Bytes for people, in powers of 1024."""
-    return _scaled(nbytes, 1024, (" B", " KiB", " MiB", " GiB", " TiB"))
+    def __init__(self, *, quiet: bool) -> None:
+        self._quiet = quiet
+        self._done = self._total = 0
+        self._told = time.monotonic()
 
+    def start(self, total_bytes: int) -> None:
+        self._total = total_bytes
 
-def _scaled(value: float, step: int, units: Sequence[str]) -> str:
-    *smaller, largest = units
-    for unit in smaller:
-        if value < step:
-            return f"{value:.4g}{unit}"
-        value /= step
-    return f"{value:.4g}{largest}"
+    def planned(self, plan: Plan) -> None:
+        super().planned(plan)
+        self._event("planned", tensors=len(plan.tensors), to_prune=len(plan.pruned), coverage=plan.coverage)
+
+    def advanced(self, name: str, nbytes: int) -> None:
+        self._done += nbytes
+        if time.monotonic() - self._told > _EVENT_S:
+            self._event("progress", tensor=name)
+
+    def pruned(self, record: TensorRecord) -> None:
+        facts = ("pattern", "transposable", "method", "kept_energy", "error", "gap", "seconds")
+        self._event("pruned", tensor=record.name, **{name: getattr(record, name) for name in facts})
+
+    def entered(self, stage: str) -> None:
+        self._event("stage", stage=stage)
+
+    def _event(self, name: str, **facts: Any) -> None:  # noqa: ANN401
+        self._told = time.monotonic()
+        if not self._quiet:
+            event(name, **facts, done_bytes=self._done, total_bytes=self._total, memory_bytes=memory_bytes())

@@ -7,7 +7,16 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from tsenor_cli.cli import console
-from tsenor_cli.cli.options import device_option, json_option, memory_budget_option, quiet_option, verbose_option
+from tsenor_cli.cli.options import (
+    DIRECTORY,
+    TEXT,
+    device_option,
+    json_option,
+    log_format_option,
+    memory_budget_option,
+    quiet_option,
+    verbose_option,
+)
 
 if TYPE_CHECKING:
     from tsenor_cli.calibration.perplexity import Perplexity
@@ -16,9 +25,10 @@ WIKITEXT = "hf:Salesforce/wikitext:wikitext-2-raw-v1:test"
 
 
 @click.command(name="eval")
-@click.argument("model")
+@click.argument("model", type=DIRECTORY)
 @click.option(
     "--text",
+    type=TEXT,
     default=WIKITEXT,
     show_default=True,
     help="What to predict: .txt, .jsonl, .parquet, - for standard input, or hf:dataset[:config][:split].",
@@ -26,7 +36,9 @@ WIKITEXT = "hf:Salesforce/wikitext:wikitext-2-raw-v1:test"
 @click.option(
     "--text-field", "field", default="text", show_default=True, help="The field of JSON lines and tables that is text."
 )
-@click.option("--baseline", metavar="MODEL", help="Another checkpoint, with the same tokenizer, to compare with.")
+@click.option(
+    "--baseline", metavar="MODEL", type=DIRECTORY, help="Another checkpoint, with the same tokenizer, to compare with."
+)
 @click.option(
     "--sequence-length",
     type=click.IntRange(2),
@@ -38,6 +50,7 @@ WIKITEXT = "hf:Salesforce/wikitext:wikitext-2-raw-v1:test"
 @json_option
 @quiet_option
 @verbose_option
+@log_format_option
 def evaluate(
     model: str,
     baseline: str | None,
@@ -49,12 +62,13 @@ def evaluate(
     """Measure the perplexity of MODEL, one decoder layer in memory at a time.
 
     The text is cut into windows that do not overlap; the first token of each is context only. Computed in the
-    checkpoint's own dtype. Prints the figure, or with --json what it depends on.
+    checkpoint's own dtype, or in float32 on a CPU that has no instructions for it. Prints the figure, or with --json
+    what it depends on.
 
     \b
     Example: tsenor eval ./llama-sparse --text test.txt --baseline ./llama
     """
-    bar = console.ProgressBar(quiet=quiet, verbose=verbose)
+    bar = console.progress(quiet=quiet, verbose=verbose)
     with console.stdout_reserved():
         from tsenor_cli import pipeline
 

@@ -7,14 +7,15 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from tsenor_cli.cli import console
-from tsenor_cli.cli.options import json_option, verbose_option
+from tsenor_cli.cli.options import DIRECTORY, json_option, verbose_option
+from tsenor_cli.report.words import amount
 
 if TYPE_CHECKING:
     from tsenor_cli.checkpoint.inspection import Inspection
 
 
 @click.command()
-@click.argument("model")
+@click.argument("model", type=DIRECTORY)
 @json_option
 @verbose_option
 def inspect(model: str, as_json: bool, verbose: bool) -> None:
@@ -44,8 +45,8 @@ def _show(inspection: Inspection) -> None:
         for item in inspection.tensors
     ]
     columns = ("tensor", "dtype", "shape", "layout", "transposable M", "2:4 kernels, or why not prunable")
-    console.table("", columns, rows, to_stdout=True)
+    console.table(columns, rows, to_stdout=True)
     console.emit(
         f"{inspection.prunable_tensors} of {len(inspection.tensors)} tensors are prunable: "
-        f"{console.count(inspection.prunable_parameters)} of {console.count(inspection.total_parameters)} parameters"
+        f"{amount(inspection.prunable_parameters)} of {amount(inspection.total_parameters)} parameters"
     )

@@ -7,6 +7,10 @@ from collections.abc import Callable
 from typing import Any
 
 import click
+from click.shell_completion import CompletionItem
+
+from tsenor_cli.errors import UsageError
+from tsenor_cli.report.checks import METRICS, Condition
 
 Command = Callable[..., Any]
 _UNITS = {
@@ -28,6 +32,64 @@ class Size(click.ParamType[int]):
         if match is None or match[2] not in _UNITS or not float(match[1]):
             self.fail(f"{value!r} is not a size; give one such as 500M or 8GiB", param, ctx)
         return int(float(match[1]) * _UNITS[match[2]])
+
+
+class Directory(click.ParamType[str]):
+    """A directory, or a name on the hub: shells complete it as a directory, and what it is is seen later."""
+
+    name = "directory"
+
+    def shell_complete(self, _ctx: click.Context, _param: click.Parameter, incomplete: str) -> list[CompletionItem]:
+        return [CompletionItem(incomplete, type="dir")]
+
+
+class Text(click.ParamType[str]):
+    """A file of text, or another source of it: completed as a file."""
+
+    name = "text"
+
+    def shell_complete(self, _ctx: click.Context, _param: click.Parameter, incomplete: str) -> list[CompletionItem]:
+        return [CompletionItem(incomplete, type="file")]
+
+
+class ConditionType(click.ParamType[Condition]):
+    """A bound on a number of the report: perplexity_ratio>1.05."""
+
+    name = "condition"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Condition:  # noqa: ANN401
+        try:
+            return value if isinstance(value, Condition) else Condition.parse(value)
+        except UsageError as error:
+            self.fail(str(error), param, ctx)
+
+    def shell_complete(self, _ctx: click.Context, _param: click.Parameter, incomplete: str) -> list[CompletionItem]:
+        return [CompletionItem(name) for name in METRICS if name.startswith(incomplete)]
+
+
+DIRECTORY, TEXT = Directory(), Text()
+
+
+def fail_if_option(command: Command) -> Command:
+    return click.option(
+        "--fail-if",
+        "conditions",
+        multiple=True,
+        type=ConditionType(),
+        help="Exit 4 if this holds of the finished run, such as 'perplexity_ratio>1.05' or 'coverage<0.9'. Repeatable. "
+        f"Numbers: {', '.join(METRICS)}.",
+    )(command)
+
+
+def log_format_option(command: Command) -> Command:
+    return click.option(
+        "--log-format",
+        type=click.Choice(("text", "json")),
+        default="text",
+        show_default=True,
+        expose_value=False,  # what is said before the options are understood has to know it (cli/__init__.py)
+        help="How to write on standard error: json is one event a line, errors included.",
+    )(command)
 
 
 def json_option(command: Command) -> Command:

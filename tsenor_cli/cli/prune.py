@@ -9,14 +9,20 @@ import click
 
 from tsenor_cli.cli import console
 from tsenor_cli.cli.options import (
+    DIRECTORY,
+    TEXT,
     device_option,
+    fail_if_option,
     ignore_option,
     json_option,
+    log_format_option,
     memory_budget_option,
     only_option,
     quiet_option,
     verbose_option,
 )
+from tsenor_cli.report.checks import Condition, fail_if
+from tsenor_cli.report.words import amount, duration, size
 from tsenor_cli.specs import METHODS, SOLVERS, CalibrationSpec, Choice, NMPattern, PruneSpec
 
 if TYPE_CHECKING:
@@ -26,7 +32,7 @@ if TYPE_CHECKING:
 
 
 @click.command()
-@click.argument("model")
+@click.argument("model", type=DIRECTORY)
 @click.option("--nm", metavar="N:M", help="Keep N of every M weights; M from 2 to 64, N below M.")
 @click.option(
     "-o",
@@ -62,6 +68,7 @@ if TYPE_CHECKING:
     "--calibration",
     "calibration",
     metavar="TEXT",
+    type=TEXT,
     help="Text for calibrated methods: .txt, .jsonl, .parquet, - for standard input, or hf:dataset[:config][:split].",
 )
 @click.option(
@@ -94,7 +101,11 @@ if TYPE_CHECKING:
     help="What to do with an expert that saw fewer tokens than it has inputs.",
 )
 @click.option(
-    "--eval", "eval_text", metavar="TEXT", help="Put the perplexity on this text, before and after, into the report."
+    "--eval",
+    "eval_text",
+    metavar="TEXT",
+    type=TEXT,
+    help="Put the perplexity on this text, before and after, into the report.",
 )
 @memory_budget_option
 @click.option(
@@ -122,6 +133,7 @@ if TYPE_CHECKING:
     help="Copy tensors with NaN or infinite weights as they are, instead of refusing the checkpoint.",
 )
 @click.option("--strict", is_flag=True, help="Exit 4 if M does not divide a prunable tensor, instead of skipping it.")
+@fail_if_option
 @device_option
 @click.option(
     "--fallback",
@@ -134,6 +146,7 @@ if TYPE_CHECKING:
 @json_option
 @quiet_option
 @verbose_option
+@log_format_option
 def prune(
     model: str,
     output: Path | None,
@@ -147,6 +160,7 @@ def prune(
     sequence_length: int | None,
     seed: int,
     no_update: bool,
+    conditions: tuple[Condition, ...],
     dry_run: bool,
     as_json: bool,
     quiet: bool,
@@ -162,6 +176,8 @@ def prune(
     \b
     Example: tsenor prune ./llama --nm 2:4 --method alps --calibration text.jsonl
     """
+    if options["eval_text"] is None and any(condition.needs_text for condition in conditions):
+        raise click.UsageError("--fail-if asks for perplexity: give the text with --eval", click.get_current_context())
     default, rules = _choices(nm, standard, method, recipe)
     spec = PruneSpec(
         model=model,
@@ -180,17 +196,19 @@ def prune(
         if dry_run:
             plan = pipeline.plan_prune(spec)
         else:
-            bar = console.ProgressBar(quiet=quiet, verbose=verbose)
+            bar = console.progress(quiet=quiet, verbose=verbose)
             try:
                 report = pipeline.prune(spec, bar)
             finally:
                 bar.close()
             if not quiet:
-                _show_report(report)
+                _show_report(report, spec.output)
     if dry_run:
         console.emit(_plan_json(plan)) if as_json else _show_plan(plan)
     else:
+        console.event("finished", output=str(spec.output), seconds=report.summary.seconds)
         console.emit({"output": str(spec.output), **report.to_dict()} if as_json else str(spec.output))
+        fail_if(conditions, report, str(spec.output))
 
 
 def _choices(
@@ -214,21 +232,22 @@ def default_output(model: str, pattern: NMPattern | None) -> Path:
     return Path(f"{name}-{pattern.n}of{pattern.m}-{pattern.kind}" if pattern else f"{name}-sparse")
 
 
-def _show_report(report: Report) -> None:
+def _show_report(report: Report, output: Path) -> None:
     summary = report.summary
     rows = [
-        ("pruned", f"{summary.pruned_tensors} tensors, {console.count(summary.pruned_parameters)} parameters"),
-        ("coverage", f"{summary.coverage:.2%} of the {console.count(summary.prunable_parameters)} prunable"),
+        ("pruned", f"{summary.pruned_tensors} tensors, {amount(summary.pruned_parameters)} parameters"),
+        ("coverage", f"{summary.coverage:.2%} of the {amount(summary.prunable_parameters)} prunable"),
         ("kept energy", f"{summary.kept_energy:.2%}")
         if summary.error is None  # updates of weights change what energy means
         else ("output error", f"{summary.error:.2%} on the calibration text"),
         *([("perplexity", _before_and_after(report.perplexity))] if report.perplexity is not None else []),
         ("optimality gap", f"{summary.gap:.1e} (worst block {summary.worst_block_gap:.1e})"),
         ("device", _device(report)),
-        ("time", f"{summary.seconds:.1f} s"),
-        ("peak memory", console.size(summary.peak_memory_bytes)),
+        ("time", duration(summary.seconds)),
+        ("peak memory", size(summary.peak_memory_bytes)),
+        ("report", str(output / "tsenor-report.html")),
     ]
-    console.table("", ("", ""), rows)
+    console.table(("", ""), rows)
     if stopped := [record.name for record in report.tensors if record.status == "max_iterations"]:
         console.note(f"{len(stopped)} tensors have blocks that were stopped at the largest number of iterations")
     if fallbacks := [record.name for record in report.tensors if record.fallbacks]:
@@ -302,16 +321,16 @@ def _show_plan(plan: Plan) -> None:
             item.tensor.dtype,
             str(list(item.tensor.shape)),
             item.layout or "",
-            console.size(item.tensor.nbytes),
+            size(item.tensor.nbytes),
             _action(item),
         )
         for item in plan.tensors
     ]
-    console.table("", ("tensor", "dtype", "shape", "layout", "bytes", "action"), rows, to_stdout=True)
+    console.table(("tensor", "dtype", "shape", "layout", "bytes", "action"), rows, to_stdout=True)
     console.emit(
         f"{len(plan.pruned)} of {len(plan.tensors)} tensors to prune, "
-        f"coverage {plan.coverage:.2%}, {console.size(plan.checkpoint.nbytes)} to write, "
-        f"peak memory about {console.size(plan.peak_bytes)} above the imports"
+        f"coverage {plan.coverage:.2%}, {size(plan.checkpoint.nbytes)} to write, "
+        f"peak memory about {size(plan.peak_bytes)} above the imports"
     )
 
 

@@ -10,13 +10,12 @@ from __future__ import annotations
 import os
 import select
 import signal
+import sys
 import threading
-from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from types import FrameType
 from typing import NoReturn
-
-import click
 
 _GRACE_S = 1.5  # to end in order; people give up after two
 _CODES = {signal.SIGINT: (130, "interrupted"), signal.SIGTERM: (143, "terminated")}
@@ -32,16 +31,15 @@ class Stopped(BaseException):
 
 
 @contextmanager
-def signals_raise(error_line: str) -> Iterator[None]:
+def signals_raise(say: Callable[[Stopped], object]) -> Iterator[None]:
     """Raise Stopped for the first signal; end the process at once at the second, or when the first has no effect.
 
     Args:
-        error_line: how that is said, with {} for what happened.
+        say: called with what happened before the process is ended.
     """
     before = {number: signal.signal(number, _raise) for number in _CODES}
     try:
-        # On Windows nothing can be waited for but sockets.
-        with _watcher(error_line) if os.name == "posix" else nullcontext():
+        with _watcher(say):
             yield
     finally:
         for number, handler in before.items():
@@ -49,11 +47,14 @@ def signals_raise(error_line: str) -> Iterator[None]:
 
 
 @contextmanager
-def _watcher(error_line: str) -> Iterator[None]:
+def _watcher(say: Callable[[Stopped], object]) -> Iterator[None]:
+    if sys.platform == "win32":  # nothing can be waited for there but sockets
+        yield
+        return
     watched, woken = os.pipe()
     os.set_blocking(woken, False)
     woken_before = signal.set_wakeup_fd(woken, warn_on_full_buffer=False)
-    watcher = threading.Thread(target=_watch, args=(watched, error_line), daemon=True)
+    watcher = threading.Thread(target=_watch, args=(watched, say), daemon=True)
     watcher.start()
     try:
         yield
@@ -71,12 +72,12 @@ def _raise(number: int, _frame: FrameType | None) -> NoReturn:
     raise Stopped(number)
 
 
-def _watch(pipe: int, error_line: str) -> None:
+def _watch(pipe: int, say: Callable[[Stopped], object]) -> None:
     first = _next(pipe)
     if first is None or (select.select([pipe], [], [], _GRACE_S)[0] and _next(pipe) is None):
         return
     stopped = Stopped(first)
-    click.echo(error_line.format(f"{stopped.what}, without waiting for what was being computed"), err=True)
+    say(stopped)
     os._exit(stopped.exit_code)
 
 

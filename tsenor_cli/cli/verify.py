@@ -7,7 +7,14 @@ from typing import TYPE_CHECKING
 import click
 
 from tsenor_cli.cli import console
-from tsenor_cli.cli.options import json_option, quiet_option, standard_option, verbose_option
+from tsenor_cli.cli.options import (
+    DIRECTORY,
+    json_option,
+    log_format_option,
+    quiet_option,
+    standard_option,
+    verbose_option,
+)
 from tsenor_cli.specs import NMPattern
 
 if TYPE_CHECKING:
@@ -17,13 +24,19 @@ _SHOWN = 10
 
 
 @click.command()
-@click.argument("directory")
+@click.argument("directory", type=DIRECTORY)
 @click.option("--nm", metavar="N:M", help="The pattern to check for.  [default: what the checkpoint's report claims]")
 @standard_option
-@click.option("--against", metavar="ORIGINAL", help="The dense original: what was not pruned must be identical to it.")
+@click.option(
+    "--against",
+    metavar="ORIGINAL",
+    type=DIRECTORY,
+    help="The dense original: what was not pruned must be identical to it.",
+)
 @json_option
 @quiet_option
 @verbose_option
+@log_format_option
 @click.pass_context
 def verify(
     context: click.Context,
@@ -46,7 +59,7 @@ def verify(
     if nm is None and standard:
         raise click.UsageError("--standard needs --nm: without it the report says what to check", context)
     pattern = NMPattern.parse(nm, transposable=not standard) if nm is not None else None
-    bar = console.ProgressBar(quiet=quiet, verbose=verbose)
+    bar = console.progress(quiet=quiet, verbose=verbose)
     with console.stdout_reserved():
         from tsenor_cli import pipeline
 
@@ -64,7 +77,10 @@ def verify(
     if not result.ok:
         from tsenor_cli.errors import CheckFailed
 
-        raise CheckFailed(f"{directory} is not {result.pattern} {result.kind}: {len(result.failures)} checks failed")
+        raise CheckFailed(
+            f"{directory} is not {result.pattern} {result.kind}: {len(result.failures)} checks failed",
+            code="verify-failed",
+        )
 
 
 def _summary(result: Verification) -> str:

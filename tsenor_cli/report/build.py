@@ -3,13 +3,7 @@
 from __future__ import annotations
 
 import math
-import platform
-import resource
-import sys
 from dataclasses import asdict, dataclass, field
-from functools import cache
-from importlib.metadata import version
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -21,10 +15,10 @@ from tsenor_cli.checkpoint.staging import identity_sha256
 from tsenor_cli.masks.apply import count_zeros
 from tsenor_cli.masks.solution import Status
 from tsenor_cli.pruners.base import Calibrated, PrunedLayer
-from tsenor_cli.report.records import Report, Summary, TensorRecord
+from tsenor_cli.report.costs import Costs, peak_memory_bytes
+from tsenor_cli.report.records import Histogram, Report, Summary, TensorRecord, Tile
 from tsenor_cli.specs import PruneSpec, Rule
-
-_PACKAGES = ("torch", "transformers", "safetensors", "huggingface_hub", "numba", "numpy")
+from tsenor_cli.versions import versions
 
 
 @dataclass
@@ -130,10 +124,12 @@ def build_report(
     plan: Plan,
     records: list[TensorRecord],
     citations: dict[str, str],
-    seconds: float,
+    costs: Costs,
     device: str,
-    calibration: dict[str, Any] | None = None,
-    perplexity: dict[str, Any] | None = None,
+    calibration: dict[str, Any] | None,
+    perplexity: dict[str, Any] | None,
+    tile: Tile | None,
+    histogram: Histogram | None,
 ) -> Report:
     """Gather the whole report of a finished run."""
     checkpoint, pattern = plan.checkpoint, spec.pattern
@@ -148,22 +144,24 @@ def build_report(
             "model_type": checkpoint.config.get("model_type"),
         },
         pattern=asdict(pattern) if pattern is not None else None,
-        options={**deciding_options(spec), "memory_budget": spec.memory_budget, "device": spec.device},
+        options={
+            **deciding_options(spec),
+            "calibration": asdict(spec.calibration) if spec.calibration is not None else None,
+            "eval": spec.eval_text,
+            "memory_budget": spec.memory_budget,
+            "device": spec.device,
+        },
         citations={name: citations[name] for name in sorted({r.method for r in records if r.method is not None})},
         device=device,
         threads=torch.get_num_threads(),
-        summary=_summarise(plan, records, seconds),
+        summary=_summarise(plan, records, costs),
         tensors=records,
         calibration=calibration,
         perplexity=perplexity,
+        tile=tile,
+        histogram=histogram,
         left_out_files=[str(path) for path in checkpoint.left_out_files],
     )
-
-
-@cache
-def versions() -> dict[str, str]:
-    """Of everything that takes part in the result."""
-    return {"python": platform.python_version(), **{name: version(name) for name in _PACKAGES}}
 
 
 def deciding_options(spec: PruneSpec) -> dict[str, Any]:
@@ -195,11 +193,11 @@ def _rule(rule: Rule) -> dict[str, Any]:
     return {"match": list(rule.match), "nm": str(pattern), "kind": pattern.kind, "method": rule.choice.method}
 
 
-def _summarise(plan: Plan, records: list[TensorRecord], seconds: float) -> Summary:
+def _summarise(plan: Plan, records: list[TensorRecord], costs: Costs) -> Summary:
     pruned = [record for record in records if record.action == "pruned"]
     energy_before, energy_after = _total(pruned, "energy"), math.fsum(r.energy * r.kept_energy for r in pruned)  # type: ignore[operator]
     objective, upper_bound = _total(pruned, "objective"), _total(pruned, "upper_bound")
-    nbytes = plan.checkpoint.nbytes
+    read, written = costs.moved_bytes
     return Summary(
         coverage=plan.coverage,
         pruned_tensors=len(pruned),
@@ -212,10 +210,13 @@ def _summarise(plan: Plan, records: list[TensorRecord], seconds: float) -> Summa
         upper_bound=upper_bound,
         gap=_gap(objective, upper_bound),
         worst_block_gap=max((record.worst_block_gap or 0.0 for record in pruned), default=0.0),
-        checkpoint_bytes=nbytes,
+        checkpoint_bytes=plan.checkpoint.nbytes,
         error=_error(pruned),
-        seconds=round(seconds, 3),
+        seconds=round(costs.seconds, 3),
+        stages={stage: round(seconds, 3) for stage, seconds in costs.stages.items()},
         peak_memory_bytes=peak_memory_bytes(),
+        read_bytes=read,
+        written_bytes=written,
     )
 
 
@@ -223,17 +224,6 @@ def _error(records: list[TensorRecord]) -> float | None:
     """The relative output error of all tensors together whose own is known."""
     known = [(r.error, r.output_energy) for r in records if r.error is not None and r.output_energy is not None]
     return _part(math.fsum(a * b for a, b in known), math.fsum(b for _, b in known)) if known else None
-
-
-def peak_memory_bytes() -> int:
-    """The largest resident size of this process so far."""
-    status = Path("/proc/self/status")
-    if status.is_file():  # getrusage would count what the parent held before exec, too
-        return next(
-            int(line.split()[1]) * 1024 for line in status.read_text().splitlines() if line.startswith("VmHWM:")
-        )
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024  # macOS counts bytes, others KiB
 
 
 def _facts(item: TensorPlan, sha256: str) -> dict[str, Any]:

@@ -6,7 +6,7 @@ import json
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-SCHEMA_VERSION = 3
+SCHEMA_VERSION = 4
 
 
 @dataclass(frozen=True)
@@ -64,7 +64,32 @@ class Summary:
     checkpoint_bytes: int  # of the shards; the output's are the same size
     error: float | None  # Σ of the tensors' squared output errors / Σ of their squared outputs, where known
     seconds: float
+    stages: dict[str, float]  # what they went to
     peak_memory_bytes: int  # the whole process, imports included
+    read_bytes: int | None  # by the whole process during the run, from files and caches; None where no system counts
+    written_bytes: int | None
+
+
+@dataclass(frozen=True)
+class Tile:
+    """A corner of one pruned tensor, to look at: whole tiles of the pattern."""
+
+    tensor: str
+    pattern: str  # N:M
+    transposable: bool
+    weights: list[str]  # the rows of the input, numbers separated by spaces
+    kept: list[str]  # the rows of the output, 1 where a weight is not zero
+
+
+@dataclass(frozen=True)
+class Histogram:
+    """A sample of the weights of all pruned tensors, each in units of its tensor's standard deviation."""
+
+    tensors: int
+    weights: int  # in the sample
+    edge: float  # bins of equal width from -edge to edge; what lies beyond is in the outermost ones
+    before: list[int]
+    after: list[int]  # without the zeros
 
 
 @dataclass(frozen=True)
@@ -84,6 +109,8 @@ class Report:
     tensors: list[TensorRecord]
     calibration: dict[str, Any] | None = None  # the text: source, hashes, samples, tokens
     perplexity: dict[str, Any] | None = None  # before and after, with the text they were measured on
+    tile: Tile | None = None
+    histogram: Histogram | None = None
     left_out_files: list[str] = field(default_factory=list)
     schema_version: int = SCHEMA_VERSION
 
@@ -93,8 +120,13 @@ class Report:
     @classmethod
     def from_dict(cls, facts: dict[str, Any]) -> Report:
         """What `to_dict` made, of the same version."""
-        tensors = [TensorRecord(**record) for record in facts["tensors"]]
-        return cls(**{**facts, "summary": Summary(**facts["summary"]), "tensors": tensors})
+        parts = {
+            "summary": Summary(**facts["summary"]),
+            "tensors": [TensorRecord(**record) for record in facts["tensors"]],
+            "tile": Tile(**facts["tile"]) if facts["tile"] is not None else None,
+            "histogram": Histogram(**facts["histogram"]) if facts["histogram"] is not None else None,
+        }
+        return cls(**{**facts, **parts})
 
     def to_json(self) -> str:
         return json.dumps(self.to_dict(), indent=1, allow_nan=False) + "\n"

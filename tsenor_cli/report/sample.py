@@ -1,0 +1,78 @@
+"""What a report shows of the weights themselves: a corner of one tensor, and a histogram. Both are read from the files.
+
+So they are the same whether a run was interrupted or not, and cost a few reads, whatever the size of the checkpoint.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+
+import torch
+
+from tsenor_cli.checkpoint.layouts import Layout, to_matrices
+from tsenor_cli.checkpoint.plan import TensorPlan
+from tsenor_cli.checkpoint.reader import DiskTensor
+from tsenor_cli.report.records import Histogram, Tile
+
+_SIDE = 8  # of the corner, at least
+_TENSORS, _WEIGHTS = 256, 2**15  # of the histogram: so many of each of so many
+_EDGE, _BINS = 4.0, 80
+
+
+def take_samples(
+    pruned: Sequence[TensorPlan], output: Callable[[DiskTensor], DiskTensor]
+) -> tuple[Tile | None, Histogram | None]:
+    """Of the tensors of a run that were pruned, if any were; `output` gives the pruned tensor for that of the input."""
+    if not pruned:
+        return None, None
+    return take_tile(pruned[0], output(pruned[0].tensor)), take_histogram(pruned, output)
+
+
+def take_tile(item: TensorPlan, output: DiskTensor) -> Tile:
+    """The first rows and columns of the first matrix of a pruned tensor, whole tiles of its pattern."""
+    assert item.layout is not None
+    assert item.choice is not None
+    pattern = item.choice.pattern
+    side = pattern.m * -(-_SIDE // pattern.m)
+    before, after = (_corner(tensor, item.layout, side) for tensor in (item.tensor, output))
+    return Tile(
+        tensor=item.tensor.name,
+        pattern=str(pattern),
+        transposable=pattern.transposable,
+        weights=[" ".join(f"{weight:.4g}" for weight in row) for row in before.tolist()],
+        kept=["".join("01"[kept] for kept in row) for row in (after != 0).tolist()],
+    )
+
+
+def take_histogram(items: Sequence[TensorPlan], output: Callable[[DiskTensor], DiskTensor]) -> Histogram:
+    """Of the first weights of pruned tensors, of evenly chosen ones if there are many."""
+    chosen = items[:: -(-len(items) // _TENSORS)]
+    before, after = torch.zeros(_BINS), torch.zeros(_BINS)
+    weights = 0
+    for item in chosen:
+        old, new = (_first_weights(tensor) for tensor in (item.tensor, output(item.tensor)))
+        unit = old.std(correction=0).clamp_min(torch.finfo(torch.float32).tiny)
+        before += _count(old / unit)
+        after += _count(new[new != 0] / unit)
+        weights += old.numel()
+    return Histogram(len(chosen), weights, _EDGE, _whole(before), _whole(after))
+
+
+def _corner(tensor: DiskTensor, layout: Layout, side: int) -> torch.Tensor:
+    """Float32 [side, side], or less where the tensor is smaller."""
+    rows = 1 if layout.startswith("experts") else side
+    matrices = to_matrices(tensor.read(0, rows), layout)
+    return matrices.reshape(-1, *matrices.shape[-2:])[0, :side, :side].float()
+
+
+def _first_weights(tensor: DiskTensor) -> torch.Tensor:
+    return replace(tensor, shape=(tensor.parameters,)).read(0, _WEIGHTS).float()
+
+
+def _count(values: torch.Tensor) -> torch.Tensor:
+    return torch.histc(values.clamp(-_EDGE, _EDGE), _BINS, -_EDGE, _EDGE)
+
+
+def _whole(counts: torch.Tensor) -> list[int]:
+    return [int(count) for count in counts.tolist()]
