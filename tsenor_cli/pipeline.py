@@ -252,9 +252,7 @@ def _eval_tokens(spec: PruneSpec, checkpoint: Checkpoint) -> TextTokens | None:
     """The text to measure perplexity on before and after, in windows like those of the calibration."""
     if spec.eval_text is None:
         return None
-    field, length = ("text", None)
-    if spec.calibration is not None:
-        field, length = spec.calibration.field, spec.calibration.sequence_length
+    field, length = spec.eval_windows
     return _text_tokens(checkpoint, spec.eval_text, field, length)
 
 

@@ -108,6 +108,8 @@ class PruneSpec:
     few_tokens: str = "magnitude"  # what is done to an expert that saw too few tokens: or "error"
     memory_budget: int | None = None  # bytes above the imports
     eval_text: str | None = None  # measure perplexity on it before and after
+    eval_field: str = "text"  # of that text, and the tokens of its windows, where no calibration says them
+    eval_length: int | None = None
     only: tuple[str, ...] = ()  # name patterns: a glob, or re:REGEX
     ignore: tuple[str, ...] = ()
     min_coverage: float = 0.0  # share of the prunable parameters, 0 to 1
@@ -124,6 +126,13 @@ class PruneSpec:
             if any(matches(name, pattern) for pattern in rule.match):
                 return rule.choice
         return Choice(self.pattern, self.method) if self.pattern is not None else None
+
+    @property
+    def eval_windows(self) -> tuple[str, int | None]:
+        """Field and window length of the text to measure perplexity on: those of the calibration, if there is one."""
+        if self.calibration is not None:
+            return self.calibration.field, self.calibration.sequence_length
+        return self.eval_field, self.eval_length
 
     @property
     def methods(self) -> set[str]:

@@ -63,7 +63,7 @@ def large_report(m: int = 16) -> Report:
             "iterations": None,
             "local_search": None,
             "calibration": _CALIBRATION,
-            "eval": "eval.txt",
+            "eval": {"source": "eval.txt", "field": "text", "sequence_length": 2048},
             "update": True,
             "damping": 0.01,
             "few_tokens": "magnitude",

@@ -187,6 +187,8 @@ def prune(
         rules=rules,
         calibration=CalibrationSpec(calibration, text_field, samples, sequence_length, seed) if calibration else None,
         update=not no_update,
+        eval_field=text_field,
+        eval_length=sequence_length,
         **options,
     )
     with console.stdout_reserved():

@@ -147,7 +147,7 @@ def build_report(
         options={
             **deciding_options(spec),
             "calibration": asdict(spec.calibration) if spec.calibration is not None else None,
-            "eval": spec.eval_text,
+            "eval": _eval(spec),
             "memory_budget": spec.memory_budget,
             "device": spec.device,
         },
@@ -183,6 +183,13 @@ def deciding_options(spec: PruneSpec) -> dict[str, Any]:
         "fallback": spec.fallback,
         "allow_nonfinite": spec.allow_nonfinite,
     }
+
+
+def _eval(spec: PruneSpec) -> dict[str, Any] | None:
+    if spec.eval_text is None:
+        return None
+    field, length = spec.eval_windows
+    return {"source": spec.eval_text, "field": field, "sequence_length": length}
 
 
 def _rule(rule: Rule) -> dict[str, Any]:

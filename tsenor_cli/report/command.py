@@ -38,8 +38,10 @@ def repeat_command(report: Report) -> list[str]:
         arguments += ["--nm", "{n}:{m}".format(**report.pattern)]
         arguments += [] if report.pattern["transposable"] else ["--standard"]
         arguments += ["--method", options["method"]]
-    arguments += _calibration(options["calibration"])
-    arguments += ["--eval", options["eval"]] if options["eval"] is not None else []
+    arguments += _text("--calibration", options["calibration"])
+    if options["eval"] is not None:  # what the two have in common is said once
+        said = {"source": options["eval"]["source"]} if options["calibration"] is not None else options["eval"]
+        arguments += _text("--eval", said)
     for name in _VALUES:
         if options[name] is not None and options[name] != _default(PruneSpec, name):
             arguments += [_option(name), str(options[name])]
@@ -66,13 +68,13 @@ def recipe(report: Report) -> str | None:
     return str(yaml.safe_dump({**found, "rules": report.options["rules"]}, sort_keys=False, allow_unicode=True))
 
 
-def _calibration(facts: dict[str, Any] | None) -> list[str]:
+def _text(asked: str, facts: dict[str, Any] | None) -> list[str]:
     if facts is None:
         return []
-    arguments = ["--calibration", facts["source"]]
+    arguments = [asked, facts["source"]]
     names = {"field": "--text-field", "samples": "--samples", "sequence_length": "--sequence-length", "seed": "--seed"}
     for name, option in names.items():
-        if facts[name] is not None and facts[name] != _default(CalibrationSpec, name):
+        if facts.get(name) is not None and facts[name] != _default(CalibrationSpec, name):
             arguments += [option, str(facts[name])]
     return arguments
 
