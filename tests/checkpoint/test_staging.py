@@ -312,7 +312,7 @@ def test_a_disk_that_is_really_full(llama, in_a_mount):
     assert done.stdout.split() == ["1", "out.tsenor-partial", "0", "out"], done.stderr
     first = done.stderr.splitlines()[0]
     assert "No space left on device" in first
-    assert first.endswith(RESUME)
+    assert first.endswith(f"{RESUME} [disk-full]")
 
 
 @pytest.mark.slow
