@@ -16,7 +16,7 @@ from tsenor_cli.specs import NMPattern, PruneSpec
 
 
 @pytest.fixture
-def runs(llama, tmp_path, real_page):  # noqa: ARG001
+def runs(llama, tmp_path, real_page):  # noqa: ARG001  (asked for, not used)
     """Two real runs, and a large one that is made up, in the current directory."""
     work = tmp_path / "work"
     prune(PruneSpec(str(llama), work / "a", NMPattern(2, 4)))

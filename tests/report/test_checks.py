@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 from report.examples import large_report
@@ -66,6 +67,11 @@ def test_a_number_that_is_not_there_fails_the_check(text):
     bare = replace(REPORT, perplexity=None, summary=replace(REPORT.summary, error=None))
     with pytest.raises(CheckFailed, match="has no"):
         fail_if([Condition.parse(text)], bare, "out")
+
+
+def test_the_page_on_ci_names_them_all():
+    page = (Path(__file__).parents[2] / "docs" / "ci.md").read_text()
+    assert [name for name in METRICS if f"`{name}`" not in page] == []
 
 
 def test_all_numbers_are_numbers():

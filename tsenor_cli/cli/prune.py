@@ -235,6 +235,8 @@ def default_output(model: str, pattern: NMPattern | None) -> Path:
 
 
 def _show_report(report: Report, output: Path) -> None:
+    from tsenor_cli.checkpoint.writer import PAGE_FILE
+
     summary = report.summary
     rows = [
         ("pruned", f"{summary.pruned_tensors} tensors, {amount(summary.pruned_parameters)} parameters"),
@@ -247,7 +249,7 @@ def _show_report(report: Report, output: Path) -> None:
         ("device", _device(report)),
         ("time", duration(summary.seconds)),
         ("peak memory", size(summary.peak_memory_bytes)),
-        ("report", str(output / "tsenor-report.html")),
+        ("report", str(output / PAGE_FILE)),
     ]
     console.table(("", ""), rows)
     if stopped := [record.name for record in report.tensors if record.status == "max_iterations"]:

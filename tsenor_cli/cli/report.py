@@ -59,6 +59,7 @@ def report(
     \b
     Example: tsenor report ./llama-magnitude ./llama-alps --format markdown
     """
+    from tsenor_cli.checkpoint.writer import PAGE_FILE
     from tsenor_cli.report.compare import Run
     from tsenor_cli.report.read import read_report
 
@@ -72,7 +73,7 @@ def report(
     form = "json" if as_json else form or ("html" if len(runs) == 1 else "table")
     text = _rendered(runs, form)
     if output is None and form == "html":
-        output = Path(directories[0]) / "tsenor-report.html" if len(runs) == 1 else Path("tsenor-comparison.html")
+        output = Path(directories[0]) / PAGE_FILE if len(runs) == 1 else Path("tsenor-comparison.html")
     if output is None:
         click.echo(text, nl=False, color=True)  # a table has what the terminal can show
     else:

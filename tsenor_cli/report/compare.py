@@ -64,9 +64,14 @@ COLUMNS = (
 )
 
 
+def columns_of(runs: Sequence[Run]) -> list[Column]:
+    """Those that some run has."""
+    return [column for column in COLUMNS if any(column.value(run) is not None for run in runs)]
+
+
 def as_rows(runs: Sequence[Run]) -> tuple[list[str], list[list[str]]]:
     """Titles, and a row of cells for each run; what none of them has is left out."""
-    columns = [column for column in COLUMNS if any(column.value(run) is not None for run in runs)]
+    columns = columns_of(runs)
     return ["", *(column.title for column in columns)], [[run.name, *(c.cell(run) for c in columns)] for run in runs]
 
 

@@ -9,7 +9,7 @@ import jinja2
 
 from tsenor_cli.report import charts
 from tsenor_cli.report.command import RECIPE_FILE, recipe, shell_command
-from tsenor_cli.report.compare import COLUMNS, Run, remarks
+from tsenor_cli.report.compare import Run, columns_of, remarks
 from tsenor_cli.report.groups import Group, group_pruned
 from tsenor_cli.report.records import Report, TensorRecord
 from tsenor_cli.report.words import amount, duration, percent, size
@@ -54,7 +54,7 @@ def comparison_page(runs: Sequence[Run]) -> str:
     """The page that shows runs side by side."""
     return _template("comparison.html").render(
         runs=runs,
-        columns=[column for column in COLUMNS if any(column.value(run) is not None for run in runs)],
+        columns=columns_of(runs),
         remarks=remarks(runs),
         kinds=[run.name for run in runs],
         plots=_plots({run.name: _whole_layers(group_pruned(run.report.tensors)) for run in runs}),

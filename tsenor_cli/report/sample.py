@@ -26,10 +26,10 @@ def take_samples(
     """Of the tensors of a run that were pruned, if any were; `output` gives the pruned tensor for that of the input."""
     if not pruned:
         return None, None
-    return take_tile(pruned[0], output(pruned[0].tensor)), take_histogram(pruned, output)
+    return _tile(pruned[0], output(pruned[0].tensor)), _histogram(pruned, output)
 
 
-def take_tile(item: TensorPlan, output: DiskTensor) -> Tile:
+def _tile(item: TensorPlan, output: DiskTensor) -> Tile:
     """The first rows and columns of the first matrix of a pruned tensor, whole tiles of its pattern."""
     assert item.layout is not None
     assert item.choice is not None
@@ -45,7 +45,7 @@ def take_tile(item: TensorPlan, output: DiskTensor) -> Tile:
     )
 
 
-def take_histogram(items: Sequence[TensorPlan], output: Callable[[DiskTensor], DiskTensor]) -> Histogram:
+def _histogram(items: Sequence[TensorPlan], output: Callable[[DiskTensor], DiskTensor]) -> Histogram:
     """Of the first weights of pruned tensors, of evenly chosen ones if there are many."""
     chosen = items[:: -(-len(items) // _TENSORS)]
     before, after = torch.zeros(_BINS), torch.zeros(_BINS)
