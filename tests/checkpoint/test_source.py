@@ -10,6 +10,7 @@ import pytest
 
 from tsenor_cli.checkpoint.source import resolve_checkpoint
 from tsenor_cli.errors import InputRefused
+from tsenor_cli.kernels.compilation import VARIABLE, cache_directory
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 
@@ -38,6 +39,7 @@ def test_a_hub_id_is_taken_from_the_cache_when_offline(hub_cache, tmp_path, offl
     """A real process, because huggingface_hub reads its environment when it is imported."""
     command = [sys.executable, "-m", "tsenor_cli", "prune", "org/tiny-llama@main", "--nm", "2:4", "-q"]
     environment = {"HF_HUB_CACHE": str(hub_cache), offline: "1", "HOME": str(tmp_path), "PATH": "/usr/bin:/bin"}
+    environment[VARIABLE] = str(cache_directory().parent)  # where our kernels are compiled already
     done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
     assert (done.returncode, done.stdout) == (0, "tiny-llama-2of4-transposable\n"), done.stderr
     output = tmp_path / "tiny-llama-2of4-transposable"

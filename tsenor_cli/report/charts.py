@@ -57,7 +57,7 @@ def by_layer(name: str, series: Mapping[str, Points], *, label: str, log: bool =
         percent: values are.
     """
     with mpl.rc_context(_STYLE):
-        figure, axes = _figure()
+        figure, axes = _figure(margins=(0.21, 0.17, 0.97, 0.96))
         shown = _percent if percent else _number
         for index, points in enumerate(series.values()):
             layers = [layer for layer, _ in points]
@@ -80,10 +80,11 @@ def by_layer(name: str, series: Mapping[str, Points], *, label: str, log: bool =
 
 
 def _whole_decades(axes: Axes) -> None:
-    """A logarithmic axis from one power of ten to another, so that it has at least two marks."""
+    """A logarithmic axis from one power of ten to another, so that it has at least two marks; zero is at its foot."""
     low, high = axes.dataLim.intervaly
-    axes.set(yscale="log", ylim=(10.0 ** np.floor(np.log10(low) - 0.01), 10.0 ** np.ceil(np.log10(high) + 0.01)))
-    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:.0e}"))
+    foot = NO_GAP / 2 if low <= NO_GAP else 10.0 ** np.floor(np.log10(low) - 0.01)
+    axes.set(yscale="log", ylim=(foot, 10.0 ** np.ceil(np.log10(high) + 0.01)))
+    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:.0e}" if value > NO_GAP * 1.01 else "0"))
     axes.yaxis.set_minor_formatter(NullFormatter())
 
 
