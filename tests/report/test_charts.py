@@ -7,6 +7,7 @@ import re
 import pytest
 
 from tsenor_cli.report.charts import by_layer
+from tsenor_cli.report.words import tiny
 
 
 @pytest.mark.parametrize(
@@ -21,3 +22,7 @@ def test_a_gap_of_zero_stands_at_a_zero(gaps: tuple[float, float], marks: list[s
     svg = by_layer("Gaps", {"all": list(enumerate(gaps))}, label="gap", log=True)
     texts = re.findall(r"<text[^>]*>([^<]+)</text>", svg)
     assert texts[texts.index("layer") + 1 : texts.index("gap")] == marks
+
+
+def test_zero_in_words() -> None:
+    assert [tiny(0.0), tiny(3.14e-13)] == ["0", "3.1e-13"]

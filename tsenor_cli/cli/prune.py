@@ -22,7 +22,7 @@ from tsenor_cli.cli.options import (
     verbose_option,
 )
 from tsenor_cli.report.checks import Condition, fail_if
-from tsenor_cli.report.words import amount, duration, size
+from tsenor_cli.report.words import amount, duration, size, tiny
 from tsenor_cli.specs import METHODS, SOLVERS, CalibrationSpec, Choice, NMPattern, PruneSpec
 
 if TYPE_CHECKING:
@@ -245,7 +245,7 @@ def _show_report(report: Report, output: Path) -> None:
         if summary.error is None  # updates of weights change what energy means
         else ("output error", f"{summary.error:.2%} on the calibration text"),
         *([("perplexity", _before_and_after(report.perplexity))] if report.perplexity is not None else []),
-        ("optimality gap", f"{summary.gap:.1e} (worst block {summary.worst_block_gap:.1e})"),
+        ("optimality gap", f"{tiny(summary.gap)} (worst block {tiny(summary.worst_block_gap)})"),
         ("device", _device(report)),
         ("time", duration(summary.seconds)),
         ("peak memory", size(summary.peak_memory_bytes)),

@@ -11,6 +11,7 @@ from huggingface_hub import ModelCard, ModelCardData
 
 from tsenor_cli.checkpoint.reader import Checkpoint
 from tsenor_cli.report.records import Report
+from tsenor_cli.report.words import tiny
 from tsenor_cli.specs import NMPattern, PruneSpec
 
 CARD_FILE = "README.md"
@@ -54,7 +55,7 @@ the original.
 |---|---|
 | tensors pruned | {summary.pruned_tensors} |
 | coverage (pruned / prunable parameters) | {summary.coverage:.2%} |
-| optimality gap of the masks | {summary.gap:.1e} |
+| optimality gap of the masks | {tiny(summary.gap)} |
 {_calibration_rows(report)}
 Every tensor, with the reason for each that was left alone, is in `tsenor-report.json`;
 `tsenor verify DIR` checks this checkpoint against it.

@@ -10,7 +10,7 @@ from typing import Any
 
 from tsenor_cli.report.checks import METRICS
 from tsenor_cli.report.records import Report
-from tsenor_cli.report.words import duration, percent, size
+from tsenor_cli.report.words import duration, percent, size, tiny
 
 
 @dataclass(frozen=True)
@@ -56,7 +56,7 @@ COLUMNS = (
     Column("perplexity before", lambda run: METRICS["perplexity_before"](run.report), _number),
     Column("perplexity", lambda run: METRICS["perplexity"](run.report), _number),
     Column("ratio", lambda run: METRICS["perplexity_ratio"](run.report), lambda value: f"{value:.4f}"),
-    Column("gap", lambda run: run.report.summary.gap, lambda value: f"{value:.1e}"),
+    Column("gap", lambda run: run.report.summary.gap, tiny),
     Column("time", lambda run: run.report.summary.seconds, duration),
     Column("peak memory", lambda run: run.report.summary.peak_memory_bytes, size),
     Column("cost", lambda run: run.cost, lambda value: f"{value:.4f}"),

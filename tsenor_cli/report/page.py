@@ -12,7 +12,7 @@ from tsenor_cli.report.command import RECIPE_FILE, recipe, shell_command
 from tsenor_cli.report.compare import Run, columns_of, remarks
 from tsenor_cli.report.groups import Group, group_pruned
 from tsenor_cli.report.records import Report, TensorRecord
-from tsenor_cli.report.words import amount, duration, percent, size
+from tsenor_cli.report.words import amount, duration, percent, size, tiny
 
 _SHOWN_NAMES = 20  # of tensors that were skipped for one reason
 _STAGES = {
@@ -124,7 +124,7 @@ def _environment() -> jinja2.Environment:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters |= {"amount": amount, "duration": duration, "percent": percent, "size": size}
+    environment.filters |= {"amount": amount, "duration": duration, "percent": percent, "size": size, "tiny": tiny}
     environment.globals["COLOURS"] = charts.COLOURS
     environment.globals["SHOWN_NAMES"] = _SHOWN_NAMES
     return environment

@@ -19,6 +19,11 @@ def percent(share: float) -> str:
     return f"{share:.2%}".replace("%", " %")
 
 
+def tiny(number: float) -> str:
+    """3.1e-13; 0 is exactly that."""
+    return f"{number:.1e}" if number else "0"
+
+
 def duration(seconds: float) -> str:
     """1.2 s, 3 min 20 s, 2 h 5 min."""
     if seconds < 60:
