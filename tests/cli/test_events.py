@@ -85,6 +85,7 @@ def test_the_version_says_what_matters(tsenor):
     assert more == []
 
 
+@pytest.mark.slow
 def test_colours_only_where_they_are_wanted(llama):
     def shown(**environment):
         arguments = [sys.executable, "-m", "tsenor_cli", "inspect", str(llama)]

@@ -78,16 +78,19 @@ def test_small_blocks(n, m, device):
     assert_is_that_of_the_reference(every_kind(m), n, m, device)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("n", "m", "names"), LARGE, ids=lambda value: str(value) if isinstance(value, int) else "")
 def test_large_blocks(n, m, names, device):
     assert_is_that_of_the_reference(every_kind(m, names), n, m, device)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("n", "m"), [(2, 4), (4, 8)])
 def test_no_oracle_is_better(n, m, device):
     assert_no_oracle_is_better(every_kind(m, seed=2), n, m, device)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("n", "m"), [(2, 4), (3, 4), (2, 6)])
 def test_blocks_are_found_where_they_are(n, m, device):
     """More than a program holds, in several rows of blocks."""
@@ -117,6 +120,7 @@ def test_all_bits_of_float64_count(n, m, device):
     assert np.array_equal(mask, expect(scores, n, m)[0])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("size", [1e-3, 1e30])
 def test_any_duals_lead_to_the_same_mask(size, device):
     scores = every_kind(8, NOT_SLOW)
@@ -125,6 +129,7 @@ def test_any_duals_lead_to_the_same_mask(size, device):
     assert np.array_equal(mask, expect(scores, 4, 8)[0])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("n", "m"), [(2, 4), (3, 7), (4, 8)])
 def test_duals_prove_the_mask_and_are_a_good_start(n, m, device):
     scores = every_kind(m, NOT_SLOW | {"sparse"})
@@ -138,6 +143,7 @@ def test_duals_prove_the_mask_and_are_a_good_start(n, m, device):
     assert np.array_equal(again, mask)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("n", "m"), [(3, 6), (4, 8)])
 def test_settling_is_right_from_any_mask_and_prices(n, m, device):
     """Nothing that the first kernel does is needed for optimality, but that rows hold n."""
