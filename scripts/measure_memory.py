@@ -30,6 +30,8 @@ MIB = 2**20
 GIB = 2**30
 SHARDS = 4
 
+WHOLE_LAYERS, WHOLE_WORDS = 32, 128256  # config.json of meta-llama/Llama-3.1-8B
+WHOLE_BYTES = 16_060_522_496
 VOCABULARY = 32000  # at least; takes up what is left after the last whole layer
 BYTES_PER_WEIGHT = 2
 
@@ -57,13 +59,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--gib", type=float, default=4.0, help="size of the checkpoint in GiB [4]")
     parser.add_argument("--shapes", choices=SHAPES, default="8b", help="sizes of its layers [8b]")
+    parser.add_argument("--whole", action="store_true", help="all of Llama 3.1 8B instead: 16.06 GB in its own layers")
     parser.add_argument("--nm", default="2:4", help="pattern [2:4]")
     parser.add_argument("--method", default="magnitude", help="pruning method [magnitude]")
     parser.add_argument("--limit-mib", type=float, help="exit 1 when the peak above the imports is more MiB")
     parser.add_argument("--hold-bound", action="store_true", help="exit 1 when it is more than --dry-run has said")
     parser.add_argument("--dir", type=Path, help="where to work; needs three times the size [the temporary directory]")
     args, options = parser.parse_known_args()
-    size, shapes = round(args.gib * GIB), SHAPES[args.shapes]
+    size, shapes = (WHOLE_BYTES, SHAPES["8b"]) if args.whole else (round(args.gib * GIB), SHAPES[args.shapes])
     if size < smallest_bytes(shapes):
         parser.error(f"--gib must be at least {smallest_bytes(shapes) / GIB:.2f}: one layer and the vocabulary")
     with tempfile.TemporaryDirectory(prefix="tsenor-memory-", dir=args.dir) as folder:
@@ -86,6 +89,9 @@ def measure(folder: Path, size: int, shapes: Shapes, options: list[str]) -> tupl
     command = ["prune", str(source), "-o", str(folder / "pruned"), *options]
     bound = dry_run(command)
     run = run_child(folder, command)
+    check = run_child(folder, ["verify", str(folder / "pruned"), "--against", str(source)])
+    layers, _ = plan(size, shapes)
+    solve_s = layers * layer_seconds(shapes, options)
     above = (run["peak"] - run["baseline"]) / MIB
     weights = sum(f.stat().st_size for f in source.glob("*.safetensors"))
     print(f"checkpoint           {weights / GIB:8.2f} GiB in {SHARDS} shards; options: {' '.join(options)}")
@@ -97,9 +103,31 @@ def measure(folder: Path, size: int, shapes: Shapes, options: list[str]) -> tupl
     print(f"--dry-run says       {sum(bound.values()) / MIB:8.0f} MiB")
     for part, nbytes in bound.items():
         print(f"  {part:27} {nbytes / MIB:8.0f} MiB")
-    print(f"prune                {run['seconds']:8.1f} s     without the imports")
-    print(f"copy and fsync       {copy_s:8.1f} s     prune / copy = {run['seconds'] / copy_s:.2f}")
+    print(f"copy and fsync       {copy_s:8.1f} s")
+    print(f"solving alone        {solve_s:8.1f} s     by magnitude, in memory, one layer timed for all")
+    print(
+        f"prune                {run['seconds']:8.1f} s     {(run['seconds'] - solve_s) / copy_s:.2f} copies and solving"
+    )
+    print(f"verify --against     {check['seconds']:8.1f} s     {check['seconds'] / copy_s:.2f} copies")
+    print(f"  peak               {check['peak'] / MIB:8.0f} MiB")
     return above, sum(bound.values()) / MIB
+
+
+def layer_seconds(shapes: Shapes, options: list[str]) -> float:
+    """To solve the masks of one layer's matrices, all of them in memory."""
+    import torch
+
+    from tsenor_cli import solve_mask
+
+    pattern, transposable = options[options.index("--nm") + 1], "--standard" not in options
+    weights = [torch.randn(shape).to(torch.bfloat16) for shape in layer_shapes(shapes).values() if len(shape) == 2]
+    seconds = []
+    for _ in range(2):  # the first time compiles, or reads what was compiled
+        started = time.monotonic()
+        for weight in weights:
+            solve_mask(weight, pattern, transposable=transposable, absolute=True)
+        seconds.append(time.monotonic() - started)
+    return min(seconds)
 
 
 def dry_run(command: list[str]) -> dict[str, int]:
@@ -145,6 +173,8 @@ def smallest_bytes(shapes: Shapes) -> int:
 
 def plan(size: int, shapes: Shapes) -> tuple[int, int]:
     """How many layers and words make a checkpoint of `size` bytes, one word short at most."""
+    if size == WHOLE_BYTES:
+        return WHOLE_LAYERS, WHOLE_WORDS
     layers = 1 + (size - smallest_bytes(shapes)) // layer_bytes(shapes)
     rest = size - layers * layer_bytes(shapes) - shape_bytes((shapes.hidden,))
     return layers, rest // (2 * shape_bytes((shapes.hidden,)))

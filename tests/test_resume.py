@@ -14,13 +14,13 @@ import pytest
 from checkpoints import add_tokenizer, make_checkpoint
 from crash.harness import content
 
-from tsenor_cli import pipeline
 from tsenor_cli.errors import OutputUnavailable
 from tsenor_cli.layerwise import Layerwise
 from tsenor_cli.observer import Observer
 from tsenor_cli.pipeline import prune
 from tsenor_cli.recipe import load_recipe
 from tsenor_cli.specs import CalibrationSpec, NMPattern, PruneSpec
+from tsenor_cli.streaming import Streaming
 
 
 class Stops(Observer):
@@ -77,7 +77,7 @@ def worked(monkeypatch):
         real = getattr(room, name)
         monkeypatch.setattr(room, name, lambda *arguments: (found.append(1), real(*arguments))[1])
 
-    noting(pipeline, "prune_bands")
+    noting(Streaming, "_prune_band")
     noting(Layerwise, "_prune")
     return found
 

@@ -37,7 +37,7 @@ from tsenor_cli.report.read import read_report
 from tsenor_cli.report.records import Report, TensorRecord
 from tsenor_cli.report.sample import take_samples
 from tsenor_cli.specs import CALIBRATED, METHODS, UPDATING, NMPattern, PruneSpec
-from tsenor_cli.streaming import copy_tensor, leave_nonfinite, prune_bands
+from tsenor_cli.streaming import Streaming, leave_nonfinite
 
 if TYPE_CHECKING:
     from tsenor_cli.calibration.perplexity import Perplexity
@@ -87,14 +87,15 @@ def prune(spec: PruneSpec, observer: Observer | None = None) -> Report:
             before = _noted_perplexity(staged.journal, checkpoint, eval_tokens, observer, spec.memory_budget, device)
             costs.spent("perplexity")
         shards = OutputShards(checkpoint, staged.directory)
-        records = {item.tensor.name: copy_tensor(item, shards, observer) for item in plan.tensors if not item.pruned}
-        records |= _finished(staged.journal, plan, shards, observer)
-        costs.spent("copying")
-        for record in _pruned(spec, plan, set(records), tokens, staged, shards, observer, device):
+        records = _finished(staged.journal, plan, shards, observer)
+        if records:
+            costs.spent("resuming")
+        for record in _written(spec, plan, set(records), tokens, staged, shards, observer, device):
             staged.journal.note("tensor", asdict(record))
             records[record.name] = record
-            observer.pruned(record)
             _count(record, costs)
+            if record.action == "pruned":
+                observer.pruned(record)
         shards.sync()
         for relative in checkpoint.other_files:
             copy_file(checkpoint.directory / relative, staged.directory / relative)
@@ -174,13 +175,13 @@ def _page(report: Report) -> str:
 
 
 def _count(record: TensorRecord, costs: Costs) -> None:
-    """A tensor has been pruned: what was not spent in its method went to running layers, reading and writing."""
+    """A tensor is done: what was not spent in its method went to running layers, or to waiting for files."""
     masks, method = record.solver_seconds or 0.0, record.seconds or 0.0
     costs.spent("layers", masks=masks, weights=method - masks)
 
 
 def _finished(journal: Journal, plan: Plan, shards: OutputShards, observer: Observer) -> dict[str, TensorRecord]:
-    """What an interrupted run has pruned, as far as it is really there."""
+    """What an interrupted run has done, as far as it is really there."""
     found = {}
     for record in (TensorRecord(**facts) for facts in journal.notes("tensor")):
         tensor = plan.by_name[record.name].tensor
@@ -190,7 +191,7 @@ def _finished(journal: Journal, plan: Plan, shards: OutputShards, observer: Obse
     return found
 
 
-def _pruned(
+def _written(
     spec: PruneSpec,
     plan: Plan,
     done: set[str],
@@ -200,7 +201,7 @@ def _pruned(
     observer: Observer,
     device: torch.device,
 ) -> Iterator[TensorRecord]:
-    """Prune and write what is not done: layer by layer where calibration is needed, then the rest band by band."""
+    """Write what is not done: layer by layer where calibration is needed, then the rest band by band."""
     pruners, solvers, done = _pruners(spec), _solvers(spec), done.copy()
     if tokens is not None and any(item.calibrated and item.tensor.name not in done for item in plan.tensors):
         from tsenor_cli.layerwise import Layerwise
@@ -209,10 +210,8 @@ def _pruned(
         for record in layerwise.run(tokens.windows, staged.scratch if plan.spills else None, done):
             yield record
             done.add(record.name)
-    for item in plan.pruned:
-        if item.tensor.name not in done and item.choice is not None:
-            pruner, solver = pruners[item.choice.method], solvers[item.choice.pattern]
-            yield prune_bands(item, pruner, solver, shards, observer, device)
+    streaming = Streaming(pruners, solvers, device, shards, observer)
+    yield from streaming.run(item for item in plan.tensors if item.tensor.name not in done)
 
 
 def _noted_perplexity(

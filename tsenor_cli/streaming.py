@@ -1,130 +1,170 @@
-"""Tensor by tensor, band by band: what needs no calibration, and what is only copied."""
+"""Tensor by tensor, band by band: what needs no calibration, and what is only copied.
+
+While one band is solved the next ones are read and the last ones hashed and written; a shard that is complete is put to
+disk meanwhile. In memory are a few bands, whatever the size of the checkpoint.
+"""
 
 from __future__ import annotations
 
 import math
 import time
-from collections import deque
-from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import replace
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import ExitStack
+from dataclasses import dataclass, replace
 from functools import cache, partial
-from itertools import cycle, starmap
-from typing import Any, TypeAlias, TypeVar
+from itertools import chain, cycle, starmap
+from typing import TypeAlias
 
 import torch
 
 from tsenor_cli.checkpoint.layouts import from_matrices, to_matrices
 from tsenor_cli.checkpoint.plan import Plan, TensorPlan, bands
-from tsenor_cli.checkpoint.writer import OutputShards
-from tsenor_cli.device import CPU
+from tsenor_cli.checkpoint.reader import COPY_BYTES
+from tsenor_cli.checkpoint.writer import OutputShards, Place
 from tsenor_cli.errors import InputRefused
 from tsenor_cli.observer import Observer
+from tsenor_cli.overlap import ahead
 from tsenor_cli.pruners.base import Pruner, SolveMask
 from tsenor_cli.report.build import Tally, kept_record
 from tsenor_cli.report.records import TensorRecord
-
-T = TypeVar("T")
-_Pruned: TypeAlias = tuple[torch.Tensor, Tally]
+from tsenor_cli.specs import NMPattern
 
 GPU_BAND_BYTES = 64 * 2**20
 IN_FLIGHT = 3  # bands on a GPU at a time
+READ_AHEAD = WRITE_BEHIND = 2  # bands
 
 
-def copy_tensor(item: TensorPlan, shards: OutputShards, observer: Observer) -> TensorRecord:
-    """Byte for byte."""
-    with shards.place_of(item.tensor) as place:
-        for chunk in item.tensor.chunks():
-            place.write(chunk)
-            observer.advanced(item.tensor.name, len(chunk))
-    return kept_record(item, place.sha256())
+_Content: TypeAlias = bytearray | memoryview
 
 
-def prune_bands(
-    item: TensorPlan,
-    pruner: Pruner,
-    solver: SolveMask,
-    shards: OutputShards,
-    observer: Observer,
-    device: torch.device = CPU,
-) -> TensorRecord:
-    """Prune and write a tensor a band at a time, by a method that can.
+@dataclass(frozen=True)
+class _Part:
+    """A band of a tensor that is pruned, rows `first` to `last`; or of one that is kept, bytes."""
 
-    On a GPU several bands are under way at once, each in a stream of its own: while one is solved, others are read,
-    copied there and back, and written.
+    item: TensorPlan
+    first: int
+    last: int
+    ends: bool  # the tensor ends with it
+
+
+_Pruned: TypeAlias = tuple[_Part, _Content, Tally]  # as it goes to disk, and what happened to it
+
+
+class Streaming:
+    """Prunes and copies tensors by way of a few bands in memory.
+
+    Args:
+        pruners: by name of the method; such as see no inputs.
+        solvers: by pattern.
+        device: where masks are solved.
     """
-    assert item.layout is not None
-    assert item.choice is not None
-    tally, m = Tally(), item.choice.pattern.m
-    with shards.place_of(item.tensor) as place:
-        if device.type == "cpu":
-            results: Iterator[_Pruned] = starmap(
-                partial(_prune_band, item, pruner, solver), bands(item.tensor, item.layout, m)
-            )
+
+    def __init__(
+        self,
+        pruners: Mapping[str, Pruner],
+        solvers: Mapping[NMPattern, SolveMask],
+        device: torch.device,
+        shards: OutputShards,
+        observer: Observer,
+    ) -> None:
+        self._pruners = pruners
+        self._solvers = solvers
+        self._device = device
+        self._shards = shards
+        self._observer = observer
+
+    def run(self, items: Iterable[TensorPlan]) -> Iterator[TensorRecord]:
+        """Prune or copy tensors in this order, best that of the files, and give the record of each that is written.
+
+        On a GPU several bands are under way at once, each in a stream of its own.
+        """
+        if self._device.type == "cpu":
+            parts = chain.from_iterable(map(_parts, items))
+            pruned: Iterator[_Pruned] = starmap(self._prune, ahead(_read, ((part,) for part in parts), READ_AHEAD))
         else:
-            parts = bands(item.tensor, item.layout, m, GPU_BAND_BYTES)
-            streams = cycle(_streams(device))
-            numbered = ((stream, *part) for stream, part in zip(streams, parts, strict=False))
-            results = _some_ahead(partial(_prune_band_on_gpu, item, pruner, solver, device), numbered, IN_FLIGHT)
-        for pruned, part in results:
-            place.write(pruned.view(-1).view(torch.uint8).numpy().data)
-            observer.advanced(item.tensor.name, pruned.nbytes)
-            tally.merge(part)
-    return tally.record(item, place.sha256())
+            parts = chain.from_iterable(map(partial(_parts, nbytes=GPU_BAND_BYTES), items))
+            streamed = zip(cycle(_streams(self._device)), parts, strict=False)
+            pruned = ahead(self._prune_on_gpu, streamed, IN_FLIGHT, threads=IN_FLIGHT)
+        with _Writing(self._shards) as writing:
+            for part, nbytes, record in ahead(writing.write, pruned, WRITE_BEHIND):
+                self._observer.advanced(part.item.tensor.name, nbytes)
+                if record is not None:
+                    yield record
+
+    def _prune(self, part: _Part, content: torch.Tensor | bytearray) -> _Pruned:
+        if isinstance(content, bytearray):
+            return part, content, Tally()
+        pruned, tally = self._prune_band(part.item, content)
+        return part, _bytes(pruned), tally
+
+    def _prune_on_gpu(self, stream: torch.cuda.Stream, part: _Part) -> _Pruned:
+        if not part.item.pruned:
+            return self._prune(*_read(part))
+        with torch.cuda.stream(stream):
+            band = part.item.tensor.read(part.first, part.last, pinned=True).to(self._device, non_blocking=True)
+            pruned, tally = self._prune_band(part.item, band)
+            back = torch.empty(pruned.shape, dtype=pruned.dtype, pin_memory=True).copy_(pruned, non_blocking=True)
+            stream.synchronize()
+        return part, _bytes(back), tally
+
+    def _prune_band(self, item: TensorPlan, band: torch.Tensor) -> tuple[torch.Tensor, Tally]:
+        assert item.layout is not None
+        assert item.choice is not None
+        check_finite(item, band)
+        weight, tally = to_matrices(band, item.layout), Tally()
+        started = time.perf_counter()
+        layer = self._pruners[item.choice.method].prune(weight, self._solvers[item.choice.pattern])
+        tally.add(weight, layer, time.perf_counter() - started)
+        return from_matrices(layer.weight, item.layout).contiguous(), tally
 
 
-def _prune_band(item: TensorPlan, pruner: Pruner, solver: SolveMask, first: int, last: int) -> _Pruned:
-    return _prune(item, pruner, solver, item.tensor.read(first, last))
+class _Writing(ExitStack):
+    """Puts parts into their places, in order; leaving it closes the file of a tensor that is not complete."""
+
+    def __init__(self, shards: OutputShards) -> None:
+        super().__init__()
+        self._shards = shards
+        self._place: Place | None = None
+        self._tally = Tally()
+
+    def write(self, part: _Part, content: _Content, tally: Tally) -> tuple[_Part, int, TensorRecord | None]:
+        """The part, its size, and the record of its tensor if that is complete."""
+        if self._place is None:
+            self._place, self._tally = self.enter_context(self._shards.place_of(part.item.tensor)), Tally()
+        self._place.write(content)
+        self._tally.merge(tally)
+        if not part.ends:
+            return part, len(content), None
+        sha256, item = self._place.sha256(), part.item
+        self.close()
+        self._place = None
+        return part, len(content), self._tally.record(item, sha256) if item.pruned else kept_record(item, sha256)
+
+
+def _parts(item: TensorPlan, nbytes: int | None = None) -> Iterator[_Part]:
+    if item.pruned:
+        assert item.layout is not None
+        assert item.choice is not None
+        found = bands(item.tensor, item.layout, item.choice.pattern.m, nbytes)
+    else:
+        end = item.tensor.nbytes
+        found = [(first, min(first + COPY_BYTES, end)) for first in range(0, end, COPY_BYTES)] or [(0, 0)]
+    return (_Part(item, first, last, last == found[-1][1]) for first, last in found)
+
+
+def _read(part: _Part) -> tuple[_Part, torch.Tensor | bytearray]:
+    read = part.item.tensor.read if part.item.pruned else part.item.tensor.read_bytes
+    return part, read(part.first, part.last)
+
+
+def _bytes(tensor: torch.Tensor) -> memoryview:
+    return tensor.view(-1).view(torch.uint8).numpy().data
 
 
 @cache
 def _streams(device: torch.device) -> list[torch.cuda.Stream]:
     """A few that stay: torch keeps freed memory for the stream that had it."""
     return [torch.cuda.Stream(device) for _ in range(IN_FLIGHT)]  # type: ignore[no-untyped-call]
-
-
-def _prune_band_on_gpu(
-    item: TensorPlan,
-    pruner: Pruner,
-    solver: SolveMask,
-    device: torch.device,
-    stream: torch.cuda.Stream,
-    first: int,
-    last: int,
-) -> _Pruned:
-    with torch.cuda.stream(stream):
-        band = item.tensor.read(first, last, pinned=True).to(device, non_blocking=True)
-        pruned, tally = _prune(item, pruner, solver, band)
-        back = torch.empty(pruned.shape, dtype=pruned.dtype, pin_memory=True).copy_(pruned, non_blocking=True)
-        stream.synchronize()
-    return back, tally
-
-
-def _prune(item: TensorPlan, pruner: Pruner, solver: SolveMask, band: torch.Tensor) -> _Pruned:
-    """The band as it goes to disk, and what happened to it."""
-    assert item.layout is not None
-    check_finite(item, band)
-    weight, tally = to_matrices(band, item.layout), Tally()
-    started = time.perf_counter()
-    layer = pruner.prune(weight, solver)
-    tally.add(weight, layer, time.perf_counter() - started)
-    return from_matrices(layer.weight, item.layout).contiguous(), tally
-
-
-def _some_ahead(work: Callable[..., T], arguments: Iterable[tuple[Any, ...]], count: int) -> Iterator[T]:
-    """The results of `work` in order, with `count` of them under way while one is used."""
-    with ThreadPoolExecutor(count) as pool:
-        pending: deque[Future[T]] = deque()
-        try:
-            for given in arguments:
-                pending.append(pool.submit(work, *given))
-                if len(pending) > count:
-                    yield pending.popleft().result()
-            while pending:
-                yield pending.popleft().result()
-        finally:
-            for left in pending:
-                left.cancel()
 
 
 def check_finite(item: TensorPlan, weight: torch.Tensor) -> None:

@@ -14,6 +14,7 @@ from checkpoints import INDEX, read_shards
 from safetensors.torch import save_file
 
 from tsenor_cli import pipeline
+from tsenor_cli.streaming import Streaming
 
 TSENOR = [sys.executable, "-m", "tsenor_cli"]
 
@@ -286,8 +287,8 @@ def test_a_bug_shows_its_traceback(tsenor, llama, monkeypatch):
 
 
 SLOW = (  # as on a large checkpoint
-    "import time; import tsenor_cli.pipeline as p; real = p.prune_bands;"
-    "p.prune_bands = lambda *a: (real(*a), time.sleep(0.3))[0];"
+    "import time; from tsenor_cli.streaming import Streaming as s; real = s._prune_band;"
+    "s._prune_band = lambda *a: (real(*a), time.sleep(0.3))[0];"
     "from tsenor_cli.__main__ import main; main()"
 )
 
@@ -325,9 +326,9 @@ def test_signals_stop_where_the_run_can_go_on(tsenor, llama, tmp_path, number, c
 
 
 DEAF = (  # as in the factorisation of a large Gram matrix; the second time, when something is finished
-    "import torch; import tsenor_cli.pipeline as p; real = p.prune_bands; calls = [];"
+    "import torch; from tsenor_cli.streaming import Streaming as s; real = s._prune_band; calls = [];"
     "matrix = torch.rand(6000, 6000, dtype=torch.float64); long = lambda: torch.linalg.eigh(matrix);"
-    "p.prune_bands = lambda *a: (calls.append(1), len(calls) == 2 and long(), real(*a))[2];"
+    "s._prune_band = lambda *a: (calls.append(1), len(calls) == 5 and long(), real(*a))[2];"
     "from tsenor_cli.__main__ import main; main()"
 )
 
@@ -352,14 +353,14 @@ def test_a_computation_that_does_not_listen_is_left_alone(llama, tmp_path, signa
 
 def test_out_of_memory_in_the_middle(tsenor, llama, monkeypatch):
     """The message is torch's own."""
-    real, done = pipeline.prune_bands, []
+    real, done = Streaming._prune_band, []
 
     def greedy(*arguments):
         done.append(1)
-        return real(*arguments) if len(done) < 3 else torch.empty(2**50, dtype=torch.uint8)
+        return real(*arguments) if len(done) < 5 else torch.empty(2**50, dtype=torch.uint8)
 
     with monkeypatch.context() as patch:
-        patch.setattr(pipeline, "prune_bands", greedy)
+        patch.setattr(Streaming, "_prune_band", greedy)
         outcome = tsenor("prune", llama, "--nm", "2:4")
     fails(outcome, 1, "out of memory: free some")
     assert outcome.err.endswith("; the same command with --resume goes on where this one stopped [out-of-memory]\n")

@@ -13,8 +13,9 @@ EDGES = [0.0, -0.0, -1.5, 2.0, -6e-8, 6e-8, -65504.0, 65504.0]
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("view", [lambda t: t, torch.t, lambda t: t[:, ::2]], ids=["plain", "transposed", "strided"])
-def test_bits(dtype, view):
-    weight = view(torch.tensor(EDGES * 8, dtype=dtype).view(8, 8) * torch.arange(1, 9).view(8, 1))
+@pytest.mark.parametrize("rows", [8, 1 << 16])  # more than a thread takes at a time
+def test_bits(dtype, view, rows):
+    weight = view((torch.tensor(EDGES, dtype=dtype) * torch.arange(1, 9).view(8, 1)).to(dtype).repeat(rows // 8, 1))
     before, mask = weight.clone(), torch.rand(weight.shape, generator=torch.Generator().manual_seed(0)) < 0.5
     pruned = apply_mask(weight, mask)
     assert pruned.dtype == dtype

@@ -96,7 +96,7 @@ def large_report(m: int = 16) -> Report:
             seconds=5321.5,
             stages={
                 "planning": 3.1,
-                "copying": 12.0,
+                "resuming": 12.0,
                 "layers": 1210.4,
                 "masks": 905.1,
                 "weights": 3001.2,

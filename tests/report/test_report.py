@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from importlib.resources import files
 from pathlib import Path
 
@@ -13,8 +14,8 @@ from checkpoints import read_shards
 from huggingface_hub import ModelCard
 
 import tsenor_cli
+from tsenor_cli.masks.apply import energy
 from tsenor_cli.pipeline import prune
-from tsenor_cli.report.build import energy
 from tsenor_cli.specs import NMPattern, PruneSpec
 
 
@@ -68,6 +69,15 @@ def test_energy_neither_overflows_nor_underflows(scale):
     weight = torch.randn(64, 100, generator=torch.Generator().manual_seed(0)).clamp(-3, 3) * scale
     assert energy(weight) == pytest.approx(float(weight.double().square().sum()), rel=1e-12)
     assert energy(torch.zeros(4, 4)) == 0.0
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32, torch.float64])
+@pytest.mark.parametrize("shape", [(0, 4), (3, 0), (7,), (3, 5), (2, 700, 3), (1000, 1031)])
+def test_energy_of_any_shape_is_that_of_python(shape, dtype):
+    weight = torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(dtype)
+    wanted = math.fsum(float(w) ** 2 for w in weight.flatten())
+    assert energy(weight) == pytest.approx(wanted, rel=1e-14)
+    assert energy(weight.mT if weight.ndim > 1 else weight) == pytest.approx(wanted, rel=1e-14)
 
 
 def test_the_same_input_gives_the_same_bytes(llama, tmp_path):

@@ -81,21 +81,24 @@ class DiskTensor:
         rows, *others = self.shape or (1,)
         count, row_bytes = len(range(*slice(first, last).indices(rows))), self.nbytes // max(rows, 1)
         raw = torch.empty(count * row_bytes, dtype=torch.uint8, pin_memory=pinned)
-        with self.path.open("rb", buffering=0) as file:
-            file.seek(self.start + first * row_bytes)
-            _fill(file, raw.numpy().data, self.path)
+        self._fill(raw.numpy().data, first * row_bytes)
         return raw.view(getattr(torch, name)).view((count, *others) if self.shape else ())
+
+    def read_bytes(self, first: int, last: int) -> bytearray:
+        """Bytes `first` to `last` of the tensor, whatever its dtype."""
+        buffer = bytearray(last - first)
+        self._fill(memoryview(buffer), first)
+        return buffer
 
     def chunks(self) -> Iterator[bytearray]:
         """The raw bytes, a few MiB at a time."""
+        for first in range(0, self.nbytes, COPY_BYTES):
+            yield self.read_bytes(first, min(first + COPY_BYTES, self.nbytes))
+
+    def _fill(self, buffer: memoryview, offset: int) -> None:
         with self.path.open("rb", buffering=0) as file:
-            file.seek(self.start)
-            left = self.nbytes
-            while left:
-                buffer = bytearray(min(left, COPY_BYTES))
-                _fill(file, memoryview(buffer), self.path)
-                left -= len(buffer)
-                yield buffer
+            file.seek(self.start + offset)
+            _fill(file, buffer, self.path)
 
 
 @dataclass(frozen=True)

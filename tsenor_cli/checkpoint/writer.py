@@ -54,7 +54,8 @@ class OutputShards:
         self._staging = staging
         self._missing: dict[Path, set[str]] = {}  # tensors that are not there yet, by shard
         self._shifts: dict[Path, int] = {}  # from places in the input's shard to those in the output's
-        self._hasher = ThreadPoolExecutor(1)  # its thread ends with this object
+        self._hasher, self._syncer = ThreadPoolExecutor(1), ThreadPoolExecutor(1)  # their threads end with this object
+        self._syncing: list[Future[None]] = []
         for shard in checkpoint.shards:
             header = _header(shard)
             _begin_with(self._path(shard.path), len(header).to_bytes(8, "little") + header)
@@ -63,11 +64,11 @@ class OutputShards:
 
     @contextmanager
     def place_of(self, tensor: DiskTensor) -> Iterator[Place]:
-        """The tensor's place in its shard. A shard is synced when its last tensor is there."""
+        """The tensor's place in its shard. When its last tensor is there, a shard is put to disk behind the back."""
         with self._path(tensor.path).open("r+b") as file:
             file.seek(self.there(tensor).start)
             yield Place(file, self._hasher)
-            self._arrived(tensor, file)
+        self._arrived(tensor)
 
     def has(self, tensor: DiskTensor, sha256: str | None) -> bool:
         """Whether the bytes with this hash are there already."""
@@ -77,9 +78,9 @@ class OutputShards:
             while left and (part := file.read(min(left, COPY_BYTES))):
                 found.update(part)
                 left -= len(part)
-            there = not left and found.hexdigest() == sha256
-            if there:
-                self._arrived(tensor, file)
+        there = not left and found.hexdigest() == sha256
+        if there:
+            self._arrived(tensor)
         return there
 
     def there(self, tensor: DiskTensor) -> DiskTensor:
@@ -93,15 +94,16 @@ class OutputShards:
 
     def sync(self) -> None:
         """Everything is on the disk when this returns."""
+        for syncing in self._syncing:
+            syncing.result()
         for path in self._missing:
-            with self._path(path).open("r+b") as file:
-                _sync(file)
+            _sync_file(self._path(path))
 
-    def _arrived(self, tensor: DiskTensor, file: BinaryIO) -> None:
+    def _arrived(self, tensor: DiskTensor) -> None:
         missing = self._missing[tensor.path]
         missing.discard(tensor.name)
         if not missing:
-            _sync(file)
+            self._syncing.append(self._syncer.submit(_sync_file, self._path(tensor.path)))
 
     def _path(self, shard: Path) -> Path:
         return self._staging / shard.name
@@ -138,6 +140,11 @@ def _header(shard: Shard) -> bytes:
     entries["__metadata__"] = {**shard.metadata, "format": "pt"}
     header = json.dumps(entries, separators=(",", ":"), ensure_ascii=False).encode()
     return header + b" " * (-len(header) % 8)  # tensors stay aligned, as the format asks
+
+
+def _sync_file(path: Path) -> None:
+    with path.open("r+b") as file:
+        _sync(file)
 
 
 def _sync(file: BinaryIO) -> None:

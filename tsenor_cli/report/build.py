@@ -12,7 +12,7 @@ from tsenor_cli import __version__
 from tsenor_cli.checkpoint.journal import Identity
 from tsenor_cli.checkpoint.plan import Plan, TensorPlan
 from tsenor_cli.checkpoint.staging import identity_sha256
-from tsenor_cli.masks.apply import count_zeros
+from tsenor_cli.masks.apply import count_zeros, energy
 from tsenor_cli.masks.solution import Status
 from tsenor_cli.pruners.base import Calibrated, PrunedLayer
 from tsenor_cli.report.costs import Costs, peak_memory_bytes
@@ -111,11 +111,6 @@ def _calibration_facts(parts: list[Calibrated]) -> dict[str, Any]:
 def kept_record(item: TensorPlan, sha256: str) -> TensorRecord:
     """The record of a tensor that was copied."""
     return TensorRecord(**_facts(item, sha256), action="kept", reason=item.reason)
-
-
-def energy(weight: torch.Tensor) -> float:
-    """Σ w², in float64: nothing overflows, and no float64 copy of the weight is made."""
-    return float(torch.linalg.vector_norm(weight, dim=-1, dtype=torch.float64).square().sum())
 
 
 def build_report(

@@ -18,7 +18,7 @@ _SHOWN_NAMES = 20  # of tensors that were skipped for one reason
 _STAGES = {
     "planning": "planning, reading text",
     "perplexity": "measuring perplexity",
-    "copying": "copying the rest",
+    "resuming": "checking what an interrupted run left",
     "layers": "running layers, reading, writing",
     "masks": "solving masks",
     "weights": "scores and updates",

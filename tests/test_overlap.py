@@ -7,7 +7,7 @@ import time
 
 import pytest
 
-from tsenor_cli.streaming import _some_ahead
+from tsenor_cli.overlap import ahead
 
 
 @pytest.mark.parametrize("count", [1, 3])
@@ -21,7 +21,7 @@ def test_results_keep_their_order_and_work_runs_ahead(count):
         time.sleep(0.002 * (5 - number % 5))  # later ones are often done earlier
         return number
 
-    for result in _some_ahead(work, [(number,) for number in range(20)], count):
+    for result in ahead(work, [(number,) for number in range(20)], count, threads=count):
         used.append(result)
         most = max(most, len(started) - len(used))
     assert used == list(range(20))
@@ -40,10 +40,10 @@ def test_what_goes_wrong_comes_out_and_ends_it():
 
     used = []
     with pytest.raises(ValueError, match="three"):
-        used.extend(_some_ahead(work, [(number,) for number in range(50)], 2))
+        used.extend(ahead(work, [(number,) for number in range(50)], 2))
     assert used == [0, 1, 2]
     assert len(started) <= 7
 
 
 def test_nothing_to_do():
-    assert list(_some_ahead(str, [], 3)) == []
+    assert list(ahead(str, [], 3)) == []
