@@ -78,7 +78,7 @@ def worked(monkeypatch):
         monkeypatch.setattr(room, name, lambda *arguments: (found.append(1), real(*arguments))[1])
 
     noting(Streaming, "_prune_band")
-    noting(Layerwise, "_prune")
+    noting(Layerwise, "_prune_matrix")
     return found
 
 

@@ -59,3 +59,11 @@ class OutputUnavailable(TsenorError):
 
     exit_code = 5
     code = "output-unavailable"
+
+
+class SaidElsewhereError(TsenorError):
+    """Another process has failed and says why: this one ends like it, and says nothing."""
+
+    def __init__(self, exit_code: int) -> None:
+        super().__init__("another process of this run has failed", "see what it says")
+        self.exit_code = exit_code

@@ -9,9 +9,13 @@ from __future__ import annotations
 import ctypes
 import os
 import time
-from collections.abc import Collection, Iterator, Mapping
+from collections import defaultdict
+from collections.abc import Collection, Hashable, Iterable, Iterator, Mapping
+from itertools import groupby
 from math import prod
+from operator import attrgetter
 from pathlib import Path
+from typing import NamedTuple, TypeAlias
 
 import torch
 
@@ -22,6 +26,8 @@ from tsenor_cli.checkpoint.layouts import from_matrices, matrix_size, to_matrice
 from tsenor_cli.checkpoint.plan import Plan, TensorPlan
 from tsenor_cli.checkpoint.site import Site
 from tsenor_cli.checkpoint.writer import OutputShards
+from tsenor_cli.device import CPU
+from tsenor_cli.distributed import Team
 from tsenor_cli.errors import InputRefused, TsenorError
 from tsenor_cli.observer import Observer
 from tsenor_cli.pruners.base import InputStats, PrunedLayer, Pruner, SolveMask
@@ -32,6 +38,30 @@ from tsenor_cli.specs import NMPattern
 from tsenor_cli.streaming import check_finite
 
 
+class _Unit(NamedTuple):
+    """One matrix of a tensor that is to be pruned."""
+
+    item: TensorPlan
+    number: int
+    site: Site | None
+
+    @property
+    def size(self) -> tuple[int, int]:
+        assert self.item.layout is not None
+        return matrix_size(self.item.tensor.shape, self.item.layout)
+
+    @property
+    def cost(self) -> float:
+        """In about floating-point operations, to share the work out."""
+        out, inputs = self.size
+        assert self.item.choice is not None
+        updates, factorisations = {"sparsegpt": (2, 1), "alps": (60, 10)}.get(self.item.choice.method, (0, 0))
+        return 100 * out * inputs + updates * out * inputs**2 + factorisations * inputs**3
+
+
+_Pruned: TypeAlias = tuple[_Unit, torch.Tensor, Tally]  # what has become of a matrix [out, in], on the CPU
+
+
 class Layerwise:
     """One run over the decoder layers of a checkpoint.
 
@@ -40,6 +70,9 @@ class Layerwise:
         solvers: by pattern.
         device: where layers run and weights are pruned.
         few_tokens: what is done to an expert with fewer tokens than inputs: "magnitude", or "error".
+        team: the processes that do it together: each runs layers on batches of its own, prunes matrices of its own,
+            and gets all of a pruned layer to run it for the next one.
+        writers: which of them writes a tensor.
     """
 
     def __init__(
@@ -51,6 +84,8 @@ class Layerwise:
         few_tokens: str,
         shards: OutputShards,
         observer: Observer,
+        team: Team,
+        writers: Mapping[str, int],
     ) -> None:
         self._plan = plan
         self._pruners = pruners
@@ -59,9 +94,13 @@ class Layerwise:
         self._few_tokens = few_tokens
         self._shards = shards
         self._observer = observer
+        self._team = team
+        self._writers = writers
 
     def run(self, windows: torch.Tensor, spill_to: Path | None, done: Collection[str] = ()) -> Iterator[TensorRecord]:
         """Prune and write what is planned in the decoder layers, up to the last that still needs calibration.
+
+        Gives the records of what this process has written.
 
         Args:
             windows: int64 [samples, tokens].
@@ -74,62 +113,119 @@ class Layerwise:
             for item in self._plan.tensors
             if item.calibrated and item.layer is not None and item.tensor.name not in done
         )
-        with Replay(skeleton, batches(windows), spill_to) as replay:
+        everything = batches(windows)
+        passes = -(-len(everything) // self._team.size)
+        with Replay(skeleton, everything[self._team.rank :: self._team.size], spill_to) as replay:
             skeleton.drop_outside()  # embeddings have been looked up, and the head is not needed
             for index in range(last + 1):
                 self._observer.entered(f"layer {index + 1} of {len(skeleton.layers)}")
                 items = [item for item in self._plan.pruned if item.layer == index]
                 left = [item for item in items if item.tensor.name not in done]
+                units = [_Unit(item, number, site) for item in left for number, site in enumerate(_sites(item))]
                 replaced = {i.tensor.name: self._shards.read(i.tensor) for i in items if i.tensor.name in done}
-                for item, pruned, record in self._prune_layer(left, self._statistics(skeleton, replay, index, left)):
+                owners, stats = self._statistics(skeleton, replay, index, units, passes)
+                for item, pruned, record in self._prune_layer(units, owners, stats):
                     replaced[item.tensor.name] = pruned
-                    yield record
+                    if record is not None:
+                        yield record
                 if index < last:
                     replay.advance(index, skeleton.load_layer(index, replaced))
                     skeleton.drop_layer(index)
 
     def _statistics(
-        self, skeleton: Skeleton, replay: Replay, index: int, items: list[TensorPlan]
-    ) -> dict[Site, InputStats]:
-        """Run the layer as it is and see what its weights are given."""
-        calibrated = [item for item in items if item.calibrated]
+        self, skeleton: Skeleton, replay: Replay, index: int, units: list[_Unit], passes: int
+    ) -> tuple[dict[_Unit, int], dict[Site, InputStats]]:
+        """Run the layer as it is: which process prunes what, and what was seen of the inputs of this one's weights."""
+        calibrated = [unit for unit in units if unit.item.calibrated]
         if not calibrated:
-            return {}
-        gram = any(self._pruner(item).needs == "gram" for item in calibrated)
-        collector = Collector(skeleton.model, (item.site for item in calibrated if item.site is not None), gram=gram)
+            return self._owners(units, {}, {}), {}
+        gram = any(self._pruner(unit.item).needs == "gram" for unit in calibrated)
+        sites = (unit.item.site for unit in calibrated if unit.item.site is not None)
+        collector = Collector(skeleton.model, sites, gram=gram, team=self._team, device=self._device)
         layer = skeleton.load_layer(index)
-        for batch in range(len(replay)):
-            with collector.watching():
-                replay.run(index, layer, batch)
+        for batch in range(passes):
+            if batch < len(replay):
+                with collector.watching():
+                    replay.run(index, layer, batch)
+            collector.share()
         skeleton.drop_layer(index)
-        return collector.results()
+        experts = {unit: collector.home(unit.site) for unit in calibrated if unit.site and unit.site.expert is not None}
+        owners = self._owners(units, collector.leaders, experts)
+        leading = {collector.leaders.get(unit.site, unit.site): rank for unit, rank in owners.items() if unit.site}
+        return owners, collector.results(leading)
+
+    def _owners(
+        self, units: list[_Unit], leaders: Mapping[Site, Site], settled: Mapping[_Unit, int]
+    ) -> dict[_Unit, int]:
+        """Which process prunes which matrix: those with the same input together, the costliest first, to the idlest."""
+        together: dict[Hashable, list[_Unit]] = defaultdict(list)
+        for unit in units:
+            if unit not in settled:
+                seen = unit.item.calibrated and unit.site is not None
+                together[leaders.get(unit.site, unit.site) if seen and unit.site else unit].append(unit)
+        owners, loads = dict(settled), [0.0] * self._team.size
+        for unit, rank in settled.items():
+            loads[rank] += unit.cost
+        for group in sorted(together.values(), key=lambda group: -sum(unit.cost for unit in group)):
+            rank = loads.index(min(loads))
+            loads[rank] += sum(unit.cost for unit in group)
+            owners |= dict.fromkeys(group, rank)
+        return owners
 
     def _prune_layer(
-        self, items: list[TensorPlan], stats: dict[Site, InputStats]
-    ) -> Iterator[tuple[TensorPlan, torch.Tensor, TensorRecord]]:
-        """Prune the tensors of a layer, and drop statistics that no later one of them needs."""
-        for position, item in enumerate(items):
-            _return_freed_memory()
-            yield item, *self._prune(item, stats)
-            later = {id(stats[site]) for other in items[position + 1 :] for site in _sites(other) if site in stats}
-            stats = {site: found for site, found in stats.items() if id(found) in later}
+        self, units: list[_Unit], owners: Mapping[_Unit, int], stats: dict[Site, InputStats]
+    ) -> Iterator[tuple[TensorPlan, torch.Tensor, TensorRecord | None]]:
+        """Each tensor as it is on disk, and its record if this process has written it.
 
-    def _prune(self, item: TensorPlan, stats: dict[Site, InputStats]) -> tuple[torch.Tensor, TensorRecord]:
-        """The pruned tensor as it is on disk, and its record; it is written, too."""
+        Alone, they are pruned and written one by one; in a team all have pruned before they exchange what they have.
+        """
+        pruned = self._prune([unit for unit in units if owners[unit] == self._team.rank], stats)
+        if self._team.size > 1:
+            pruned = self._exchanged(list(pruned), units, owners)
+        for item, parts in groupby(pruned, key=lambda part: part[0].item):
+            yield item, *self._put_together(item, parts)
+
+    def _prune(self, units: list[_Unit], stats: dict[Site, InputStats]) -> Iterator[_Pruned]:
+        """Prune matrices, and drop statistics that no later one of them needs."""
+        last = {id(stats[unit.site]): unit for unit in units if unit.site in stats}
+        for item, group in groupby(units, key=attrgetter("item")):
+            _return_freed_memory()
+            assert item.layout is not None
+            tensor = item.tensor.read()
+            check_finite(item, tensor)
+            matrices = to_matrices(tensor, item.layout).reshape(-1, *matrix_size(item.tensor.shape, item.layout))
+            for unit in group:
+                tally, started = Tally(), time.perf_counter()
+                there = matrices[unit.number].to(self._device)
+                layer, fallback = self._prune_matrix(item, unit.site, there, stats)
+                tally.add(there, layer, time.perf_counter() - started, fallback)
+                yield unit, layer.weight.to(CPU), tally
+                stats = {site: found for site, found in stats.items() if last.get(id(found)) != unit}
+
+    def _exchanged(self, own: list[_Pruned], units: list[_Unit], owners: Mapping[_Unit, int]) -> Iterator[_Pruned]:
+        """What all processes have pruned, in the order of `units`."""
+        mine = iter(own)
+        tallies = [iter(part) for part in self._team.gather([tally for _, _, tally in own])]
+        for unit in units:
+            owner = owners[unit]
+            matrix = next(mine)[1] if owner == self._team.rank else None
+            like = unit.size, unit.item.tensor.torch_dtype
+            given = self._team.give(matrix, like, CPU, owner, range(self._team.size))
+            assert given is not None
+            yield unit, given, next(tallies[owner])
+
+    def _put_together(self, item: TensorPlan, parts: Iterable[_Pruned]) -> tuple[torch.Tensor, TensorRecord | None]:
+        """The pruned tensor as it is on disk, and its record if this process writes it."""
         assert item.layout is not None
-        tensor = item.tensor.read()
-        check_finite(item, tensor)
-        weight = to_matrices(tensor, item.layout)
-        matrices = weight.reshape(-1, *weight.shape[-2:])
-        pruned = torch.empty_like(matrices)
-        tally = Tally()
-        for site, matrix, target in zip(_sites(item), matrices, pruned, strict=True):
-            started = time.perf_counter()
-            there = matrix.to(self._device)
-            layer, fallback = self._prune_matrix(item, site, there, stats)
-            tally.add(there, layer, time.perf_counter() - started, fallback)
-            target.copy_(layer.weight)
-        result = from_matrices(pruned.view_as(weight), item.layout).contiguous()
+        shape = to_matrices(torch.empty(item.tensor.shape, device="meta"), item.layout).shape
+        pruned, tally = torch.empty(shape, dtype=item.tensor.torch_dtype), Tally()
+        matrices = pruned.view(-1, *shape[-2:])
+        for unit, matrix, part in parts:
+            matrices[unit.number].copy_(matrix)
+            tally.merge(part)
+        result = from_matrices(pruned, item.layout).contiguous()
+        if self._writers[item.tensor.name] != self._team.rank:
+            return result, None
         with self._shards.place_of(item.tensor) as place:
             place.write(result.view(-1).view(torch.uint8).numpy().data)
         self._observer.advanced(item.tensor.name, item.tensor.nbytes)

@@ -7,21 +7,32 @@ from here.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, replace
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 
-from tsenor_cli.checkpoint.journal import Journal
+from tsenor_cli.checkpoint.journal import Identity, Journal
 from tsenor_cli.checkpoint.plan import Plan, enforce, make_plan
 from tsenor_cli.checkpoint.reader import Checkpoint, open_checkpoint
 from tsenor_cli.checkpoint.source import resolve_checkpoint
-from tsenor_cli.checkpoint.staging import Staged, already_finished, check_output, check_space, staged_output
+from tsenor_cli.checkpoint.staging import (
+    Staged,
+    already_finished,
+    check_output,
+    check_space,
+    joined_output,
+    staged_output,
+)
 from tsenor_cli.checkpoint.verifier import Verification, verify_checkpoint
 from tsenor_cli.checkpoint.writer import PAGE_FILE, REPORT_FILE, OutputShards, copy_file, write_text
 from tsenor_cli.device import device_name, find_device
+from tsenor_cli.distributed import Team
+from tsenor_cli.distribution import share_out
 from tsenor_cli.errors import UsageError
 from tsenor_cli.identity import run_identity
 from tsenor_cli.observer import Observer
@@ -51,17 +62,76 @@ def plan_prune(spec: PruneSpec) -> Plan:
     return _plan(open_checkpoint(*resolve_checkpoint(spec.model)), spec)
 
 
-def prune(spec: PruneSpec, observer: Observer | None = None) -> Report:
+@dataclass(frozen=True)
+class _Job:
+    """A run that has been thought through: what every process of it knows before it begins."""
+
+    spec: PruneSpec
+    output: Path
+    plan: Plan
+    tokens: TextTokens | None
+    eval_tokens: TextTokens | None
+    identity: Identity
+
+    @property
+    def device(self) -> torch.device:
+        """Of this process."""
+        return find_device(self.spec.device)
+
+
+def prune(spec: PruneSpec, observer: Observer | None = None, team: Team | None = None) -> Report:
     """Prune the checkpoint `spec.model` into `spec.output`, streaming tensors from disk to disk.
 
     In memory are a band of a tensor, or, where calibration is needed, one decoder layer with what it needs (see
     Plan.memory). The output appears only when it is complete. A run that was interrupted at any time can go on with
     `spec.resume`, and gives the bytes of one that was not.
 
+    Args:
+        spec: what to do.
+        observer: told how it goes.
+        team: the processes that do it together, each of them calling this (distributed.py); None for this one alone.
+
     Raises:
         UsageError, InputRefused, CheckFailed, OutputUnavailable, TsenorError: see errors.py and staged_output.
     """
-    costs, observer = Costs(), observer or Observer()
+    team, costs = team or Team(), Costs()
+    observer = team.observer(observer or Observer())
+    if team.restarted and spec.resume is None:
+        spec = replace(spec, resume=True)
+    job = team.first(lambda: _prepare(spec))
+    if isinstance(job, Report):
+        return job
+    observer.planned(job.plan)
+    costs.spent("planning")
+    with _staged(job, team) as staged:
+        before = _noted_perplexity(job, staged, observer, team)
+        costs.spent("perplexity")
+        writers = share_out(job.plan, team.nodes)
+        mine = {name for name, rank in writers.items() if rank == team.rank}
+        shards = team.in_turn(lambda: OutputShards(job.plan.checkpoint, staged.directory, mine))
+        records = _finished(staged.journal, job.plan, shards, observer, mine)
+        costs.spent("resuming")
+        for record in _written(job, set(records), shards, staged, observer, team, writers):
+            staged.journal.note("tensor", asdict(record))
+            records[record.name] = record
+            _count(record, costs)
+            if record.action == "pruned":
+                observer.pruned(record)
+        shards.sync()
+        team.wait()
+        for part in team.gather(records):
+            records |= part
+        team.first(lambda: _copy_the_rest(job.plan.checkpoint, staged.directory))
+        costs.spent("finishing")
+        after = _perplexity(job, staged.directory, observer, team)
+        costs.spent("perplexity")
+        costs.join(team.gather(costs.of_process))
+        perplexity = {"before": before, "after": after} if before and after else None
+        return team.first(lambda: _finish(job, staged, shards, records, costs, perplexity))
+
+
+def _prepare(spec: PruneSpec) -> _Job | Report:
+    """Everything that can be refused before a byte is written; the report, if all has been done already."""
     output = Path(os.path.abspath(spec.output))  # noqa: PTH100  (resolve() would follow a link)
     _check_methods(spec)
     device = find_device(spec.device)
@@ -79,48 +149,53 @@ def prune(spec: PruneSpec, observer: Observer | None = None) -> Report:
         return read_report(output)
     check_output(output, directory, overwrite=spec.overwrite)
     check_space(output, checkpoint.nbytes)
-    observer.planned(plan)
-    costs.spent("planning")
-    with staged_output(output, identity, overwrite=spec.overwrite, resume=spec.resume) as staged:
-        before = after = None
-        if eval_tokens is not None:
-            before = _noted_perplexity(staged.journal, checkpoint, eval_tokens, observer, spec.memory_budget, device)
-            costs.spent("perplexity")
-        shards = OutputShards(checkpoint, staged.directory)
-        records = _finished(staged.journal, plan, shards, observer)
-        if records:
-            costs.spent("resuming")
-        for record in _written(spec, plan, set(records), tokens, staged, shards, observer, device):
-            staged.journal.note("tensor", asdict(record))
-            records[record.name] = record
-            _count(record, costs)
-            if record.action == "pruned":
-                observer.pruned(record)
-        shards.sync()
-        for relative in checkpoint.other_files:
-            copy_file(checkpoint.directory / relative, staged.directory / relative)
-        tile, histogram = take_samples(plan.pruned, shards.there)
-        costs.spent("finishing")
-        if eval_tokens is not None:
-            pruned = open_checkpoint(staged.directory)
-            after = _measure(pruned, eval_tokens, observer, spec.memory_budget, device).to_dict()
-            costs.spent("perplexity")
-        report = build_report(
-            spec,
-            identity,
-            plan,
-            [records[item.tensor.name] for item in plan.tensors],
-            {name: pruner.citation for name, pruner in _pruners(spec).items()},
-            costs,
-            device_name(device),
-            tokens.to_dict() if tokens is not None else None,
-            {"before": before, "after": after} if before and after else None,
-            tile,
-            histogram,
-        )
-        write_text(staged.directory / CARD_FILE, model_card(checkpoint, spec, report))
-        write_text(staged.directory / PAGE_FILE, _page(report))
-        write_text(staged.directory / REPORT_FILE, report.to_json())
+    return _Job(spec, output, plan, tokens, eval_tokens, identity)
+
+
+@contextmanager
+def _staged(job: _Job, team: Team) -> Iterator[Staged]:
+    """The place where the output is made, which the first process keeps for all."""
+    with ExitStack() as stack:
+        spec = job.spec
+        make = partial(staged_output, job.output, job.identity, overwrite=spec.overwrite, resume=spec.resume)
+        staged = team.first(lambda: stack.enter_context(make()))
+        yield staged if team.rank == 0 else stack.enter_context(joined_output(job.output, staged, team.rank))
+
+
+def _copy_the_rest(checkpoint: Checkpoint, target: Path) -> None:
+    """Everything that an output has of its input beside the shards."""
+    for relative in checkpoint.other_files:
+        copy_file(checkpoint.directory / relative, target / relative)
+
+
+def _finish(
+    job: _Job,
+    staged: Staged,
+    shards: OutputShards,
+    records: Mapping[str, TensorRecord],
+    costs: Costs,
+    perplexity: dict[str, Any] | None,
+) -> Report:
+    """The samples, the report, and what is written of it."""
+    spec, plan = job.spec, job.plan
+    tile, histogram = take_samples(plan.pruned, shards.there)
+    costs.spent("finishing")
+    report = build_report(
+        spec,
+        job.identity,
+        plan,
+        [records[item.tensor.name] for item in plan.tensors],
+        {name: pruner.citation for name, pruner in _pruners(spec).items()},
+        costs,
+        device_name(job.device),
+        job.tokens.to_dict() if job.tokens is not None else None,
+        perplexity,
+        tile,
+        histogram,
+    )
+    write_text(staged.directory / CARD_FILE, model_card(plan.checkpoint, spec, report))
+    write_text(staged.directory / PAGE_FILE, _page(report))
+    write_text(staged.directory / REPORT_FILE, report.to_json())
     return report
 
 
@@ -180,52 +255,61 @@ def _count(record: TensorRecord, costs: Costs) -> None:
     costs.spent("layers", masks=masks, weights=method - masks)
 
 
-def _finished(journal: Journal, plan: Plan, shards: OutputShards, observer: Observer) -> dict[str, TensorRecord]:
-    """What an interrupted run has done, as far as it is really there."""
+def _finished(
+    journal: Journal, plan: Plan, shards: OutputShards, observer: Observer, mine: Collection[str]
+) -> dict[str, TensorRecord]:
+    """What an interrupted run has done of the tensors that are `mine`, as far as it is really there."""
     found = {}
     for record in (TensorRecord(**facts) for facts in journal.notes("tensor")):
         tensor = plan.by_name[record.name].tensor
-        if record.name not in found and shards.has(tensor, record.sha256):
+        if record.name in mine and record.name not in found and shards.has(tensor, record.sha256):
             observer.advanced(record.name, tensor.nbytes)
             found[record.name] = record
     return found
 
 
 def _written(
-    spec: PruneSpec,
-    plan: Plan,
+    job: _Job,
     done: set[str],
-    tokens: TextTokens | None,
-    staged: Staged,
     shards: OutputShards,
+    staged: Staged,
     observer: Observer,
-    device: torch.device,
+    team: Team,
+    writers: Mapping[str, int],
 ) -> Iterator[TensorRecord]:
-    """Write what is not done: layer by layer where calibration is needed, then the rest band by band."""
-    pruners, solvers, done = _pruners(spec), _solvers(spec), done.copy()
-    if tokens is not None and any(item.calibrated and item.tensor.name not in done for item in plan.tensors):
+    """Write what is not `done` of this process's tensors.
+
+    All processes go together through the layers with what needs calibration; the rest each does alone, band by band.
+    """
+    spec, plan = job.spec, job.plan
+    pruners, solvers = _pruners(spec), _solvers(spec)
+    done = set().union(*team.gather(done))
+    if job.tokens is not None and any(item.calibrated and item.tensor.name not in done for item in plan.tensors):
         from tsenor_cli.layerwise import Layerwise
 
-        layerwise = Layerwise(plan, pruners, solvers, device, spec.few_tokens, shards, observer)
-        for record in layerwise.run(tokens.windows, staged.scratch if plan.spills else None, done):
+        layerwise = Layerwise(plan, pruners, solvers, job.device, spec.few_tokens, shards, observer, team, writers)
+        for record in layerwise.run(job.tokens.windows, staged.scratch if plan.spills else None, frozenset(done)):
             yield record
             done.add(record.name)
-    streaming = Streaming(pruners, solvers, device, shards, observer)
-    yield from streaming.run(item for item in plan.tensors if item.tensor.name not in done)
+    left = (item for item in plan.tensors if writers[item.tensor.name] == team.rank and item.tensor.name not in done)
+    yield from Streaming(pruners, solvers, job.device, shards, observer).run(left)
 
 
-def _noted_perplexity(
-    journal: Journal,
-    checkpoint: Checkpoint,
-    tokens: TextTokens,
-    observer: Observer,
-    memory_budget: int | None,
-    device: torch.device,
-) -> dict[str, Any]:
+def _noted_perplexity(job: _Job, staged: Staged, observer: Observer, team: Team) -> dict[str, Any] | None:
     """The perplexity before pruning, measured once however often the run is interrupted."""
-    if not journal.notes("perplexity"):
-        journal.note("perplexity", _measure(checkpoint, tokens, observer, memory_budget, device).to_dict())
-    return journal.notes("perplexity")[0]
+    if job.eval_tokens is not None and not staged.journal.notes("perplexity"):
+        found = _perplexity(job, job.plan.checkpoint.directory, observer, team)
+        assert found is not None
+        staged.journal.note("perplexity", found)
+    return next(iter(staged.journal.notes("perplexity")), None)
+
+
+def _perplexity(job: _Job, directory: Path, observer: Observer, team: Team) -> dict[str, Any] | None:
+    if job.eval_tokens is None:
+        return None
+    return _measure(
+        open_checkpoint(directory), job.eval_tokens, observer, job.spec.memory_budget, job.device, team
+    ).to_dict()
 
 
 def _text_tokens(
@@ -240,11 +324,16 @@ def _text_tokens(
 
 
 def _measure(
-    checkpoint: Checkpoint, tokens: TextTokens, observer: Observer, memory_budget: int | None, device: torch.device
+    checkpoint: Checkpoint,
+    tokens: TextTokens,
+    observer: Observer,
+    memory_budget: int | None,
+    device: torch.device,
+    team: Team | None = None,
 ) -> Perplexity:
     from tsenor_cli.calibration.perplexity import measure_perplexity
 
-    return measure_perplexity(checkpoint, tokens, observer, memory_budget, device)
+    return measure_perplexity(checkpoint, tokens, observer, memory_budget, device, team or Team())
 
 
 def _eval_tokens(spec: PruneSpec, checkpoint: Checkpoint) -> TextTokens | None:

@@ -78,6 +78,7 @@ def large_report(m: int = 16) -> Report:
         },
         citations={"alps": "Meng et al., ALPS: Improved Optimization for Highly Sparse One-Shot Pruning, NeurIPS 2024"},
         device="cuda:0, NVIDIA H100",
+        processes=1,
         threads=16,
         summary=Summary(
             coverage=0.991,

@@ -17,6 +17,7 @@ from torch.nn.functional import cross_entropy
 
 from tsenor_cli.calibration.replay import Replay, batches
 from tsenor_cli.device import CPU
+from tsenor_cli.distributed import Team
 from tsenor_cli.errors import InputRefused, TsenorError
 from tsenor_cli.observer import Observer
 
@@ -54,10 +55,12 @@ def measure_perplexity(
     observer: Observer,
     memory_budget: int | None = None,
     device: torch.device = CPU,
+    team: Team | None = None,
 ) -> Perplexity:
     """Perplexity on `tokens.windows`, in the checkpoint's own dtype, if the device can (see device.computed_in).
 
-    Hidden states go to the directory for temporary files (TMPDIR) if they do not fit into the memory budget, in bytes.
+    The windows are shared among the processes of a team, and the figure is that of one. Hidden states
+    go to the directory for temporary files (TMPDIR) if they do not fit into the memory budget, in bytes.
 
     Raises:
         InputRefused: not a causal language model, or one that cannot be run layer by layer.
@@ -72,7 +75,8 @@ def measure_perplexity(
             "evaluate another model",
             code="unsupported-model",
         )
-    windows = batches(tokens.windows)
+    team = team or Team()
+    windows = batches(tokens.windows)[team.rank :: team.size]
     spills = memory_budget is not None and _needed(skeleton, tokens.windows) > memory_budget
     with Replay(skeleton, windows, Path(tempfile.gettempdir()) if spills else None) as replay:
         for index in range(len(skeleton.layers)):
@@ -80,8 +84,8 @@ def measure_perplexity(
             replay.advance(index, skeleton.load_layer(index))
             skeleton.drop_layer(index)
         losses = [_loss(replay.logits(batch), wanted.to(device)) for batch, wanted in enumerate(windows)]
-    predicted = sum(batch[:, 1:].numel() for batch in windows)
-    mean = math.fsum(losses) / predicted
+    predicted = tokens.windows[:, 1:].numel()
+    mean = math.fsum(loss for part in team.gather(losses) for loss in part) / predicted
     if not math.isfinite(mean):
         raise TsenorError(
             f"{checkpoint.directory}: the loss is not finite", "the model overflows in its dtype", code="overflow"

@@ -62,13 +62,15 @@ class Replay:
         self._skeleton = skeleton
         self._batches = [tokens.to(skeleton.device) for tokens in batches]
         self._calls: list[list[_Call]] = []
+        self.hidden = Activations(spill_to)
         parameters = inspect.signature(skeleton.model.forward).parameters
         if "input_ids" not in parameters:
             raise self._refusal("it reads no text")
         self._options = {"use_cache": False} if "use_cache" in parameters else {}
         _forget_caches(skeleton.model)
+        if not self._batches:  # there are more processes than batches
+            return
         self._form = self._find_form(self._batches[0][:1, :_PROBE_TOKENS])
-        self.hidden = Activations(spill_to)
         for tokens in self._batches:
             states, calls = self._identity_pass(tokens, self._form)
             self._calls.append(_share(calls, self._calls[0]) if self._calls else calls)

@@ -8,15 +8,18 @@ set of statistics.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Container, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
-from functools import partial
+from dataclasses import replace
+from functools import cached_property, partial
 from typing import Any
 
 import torch
 from torch import nn
 
 from tsenor_cli.checkpoint.site import Site
+from tsenor_cli.device import CPU
+from tsenor_cli.distributed import Team
 from tsenor_cli.errors import InputRefused
 from tsenor_cli.pruners.base import InputStats
 
@@ -33,19 +36,26 @@ class Accumulator:
     """
 
     def __init__(self, features: int, device: torch.device, *, gram: bool) -> None:
-        self.tokens = 0
+        self.features, self.tokens = features, 0
         self._squares = torch.zeros(features, dtype=torch.float64, device=device)
         self._gram = torch.zeros(features, features, dtype=torch.float64, device=device) if gram else None
 
-    def add(self, inputs: torch.Tensor) -> None:
-        """Add inputs [.., features] of any floating dtype."""
+    def add(self, inputs: torch.Tensor, blocks: Container[int] = range(_COLUMN_BLOCKS)) -> None:
+        """Add inputs [.., features] of any floating dtype, to some blocks of columns only if others have the rest."""
         x = inputs.reshape(-1, inputs.shape[-1]).to(torch.float32)
         self.tokens += len(x)
         if self._gram is None:
             self._squares += x.square().sum(0)
             return
-        for first, last in _column_blocks(x.shape[1]):
-            self._gram[:last, first:last] += x[:, :last].T @ x[:, first:last]
+        for number, (first, last) in enumerate(_column_blocks(x.shape[1])):
+            if number in blocks:
+                self._gram[:last, first:last] += x[:, :last].T @ x[:, first:last]
+
+    def parts(self) -> list[torch.Tensor]:
+        """What has been summed up, block by block: views."""
+        if self._gram is None:
+            return [self._squares]
+        return [self._gram[:last, first:last] for first, last in _column_blocks(len(self._gram))]
 
     def result(self) -> InputStats:
         """The statistics, with the upper triangle of the Gram matrix. Nothing can be added any more."""
@@ -71,13 +81,29 @@ class Collector:
         model: the model that runs.
         sites: what to watch. A fused site without an expert's number stands for all of its experts.
         gram: whether Gram matrices are wanted, or norms only.
+        team: the processes that run the model, each on batches of its own.
+        device: where it runs.
+
+    Every process sums up some blocks of columns, of what all of them see, in the order of the batches: the sums are
+    those of one process, bit by bit, and so is the work, but for its place.
     """
 
-    def __init__(self, model: nn.Module, sites: Iterable[Site], *, gram: bool) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        sites: Iterable[Site],
+        *,
+        gram: bool,
+        team: Team | None = None,
+        device: torch.device = CPU,
+    ) -> None:
         self._model = model
         self._sites = frozenset(sites)
         self._gram = gram
+        self._team = team or Team()
+        self._device = device
         self._sums: dict[Site, Accumulator] = {}
+        self._seen: list[tuple[Site, torch.Tensor]] = []  # in the last pass, for the others
         self.leaders: dict[Site, Site] = {}  # of several sites that are given the same tensor, the first
         self._given: list[tuple[torch.Tensor, int, Site]] = []  # in one pass: tensor, version, leader
         self._calls: Counter[Site] = Counter()  # of hooked modules, in one pass
@@ -106,10 +132,75 @@ class Collector:
         self._given.clear()  # the next pass brings new tensors
         self._calls.clear()
 
-    def results(self) -> dict[Site, InputStats]:
-        """The statistics of every site that was given any token; sites with the same input have the same object."""
+    def share(self) -> None:
+        """Sum up what every process has seen in its last pass, or its lack of one; all of them call it."""
+        if self._team.size == 1:
+            return
+        everybody = self._team.gather([(site, tuple(x.shape), x.dtype) for site, x in self._seen])
+        for source, seen in enumerate(everybody):
+            for number, (site, shape, dtype) in enumerate(seen):
+                own = self._seen[number][1] if source == self._team.rank else None
+                blocks = self._blocks_by_rank(site, shape[-1])
+                inputs = self._team.give(own, (shape, dtype), self._device, source, blocks)
+                if inputs is not None and self._team.rank in blocks:
+                    self._sum(site, inputs, blocks[self._team.rank])
+        self._seen.clear()
+        for leaders in self._team.gather(self.leaders):
+            self.leaders |= leaders
+
+    def results(self, owners: Mapping[Site, int] | None = None) -> dict[Site, InputStats]:
+        """The statistics of every site that was given any token; sites with the same input have the same object.
+
+        Args:
+            owners: in a team, which process is given those of a leader; others have no use for them.
+        """
+        for site in dict.fromkeys(self.leaders.values()) if self._team.size > 1 else ():
+            self._bring_together(site, (owners or {}).get(site, self.home(site)))
         found = {site: sums.result() for site, sums in self._sums.items()}
-        return {site: found[leader] for site, leader in self.leaders.items()}
+        return {site: found[leader] for site, leader in self.leaders.items() if leader in found}
+
+    def home(self, site: Site) -> int:
+        """The process that sums up most of a site."""
+        return (self._ordinals[replace(site, expert=None)] + (site.expert or 0)) % self._team.size
+
+    @cached_property
+    def _ordinals(self) -> dict[Site, int]:
+        return {site: i for i, site in enumerate(sorted({replace(s, expert=None) for s in self._sites}, key=str))}
+
+    def _blocks_by_rank(self, site: Site, features: int) -> dict[int, list[int]]:
+        """Which process sums up which blocks of columns: an expert's are all with one, of which there are many.
+
+        The largest go to and fro over the processes, so that all have about as much.
+        """
+        count, size, home = len(list(_column_blocks(features))) if self._gram else 1, self._team.size, self.home(site)
+        if site.expert is not None:
+            return {home: list(range(count))}
+        found: dict[int, list[int]] = {}
+        for place, block in enumerate(reversed(range(count))):
+            round_, step = divmod(place, size)
+            found.setdefault((home + (step if round_ % 2 == 0 else size - 1 - step)) % size, []).append(block)
+        return found
+
+    def _bring_together(self, site: Site, owner: int) -> None:
+        """Move the blocks of a site to the process that prunes with them."""
+        rank = self._team.rank
+        features, tokens = max(self._team.gather(self._extent(site)))
+        sums = self._sums.setdefault(site, Accumulator(features, self._device, gram=self._gram))
+        sums.tokens, parts = tokens, sums.parts()
+        for source, blocks in sorted(self._blocks_by_rank(site, features).items()):
+            for block in blocks if source != owner else ():
+                shape, dtype = tuple(parts[block].shape), parts[block].dtype
+                given = self._team.give(
+                    parts[block] if rank == source else None, (shape, dtype), self._device, source, [owner]
+                )
+                if rank == owner and given is not None:
+                    parts[block].copy_(given)
+        if rank != owner:
+            del self._sums[site]
+
+    def _extent(self, site: Site) -> tuple[int, int]:
+        sums = self._sums.get(site)
+        return (sums.features, sums.tokens) if sums is not None else (0, 0)
 
     def _module_given(self, site: Site, _module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         inputs: torch.Tensor = args[0] if args else next(iter(kwargs.values()))
@@ -138,6 +229,12 @@ class Collector:
             self._add(site, inputs)
 
     def _add(self, site: Site, inputs: torch.Tensor) -> None:
+        if self._team.size == 1:
+            self._sum(site, inputs)
+        else:  # a copy: the layer may write into it before all have it
+            self._seen.append((site, inputs.detach().reshape(-1, inputs.shape[-1]).clone()))
+
+    def _sum(self, site: Site, inputs: torch.Tensor, blocks: Container[int] = range(_COLUMN_BLOCKS)) -> None:
         if site not in self._sums:
             self._sums[site] = Accumulator(inputs.shape[-1], inputs.device, gram=self._gram)
-        self._sums[site].add(inputs)
+        self._sums[site].add(inputs, blocks)

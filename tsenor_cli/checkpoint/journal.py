@@ -1,5 +1,7 @@
 """What an unfinished run has done so far, so that another one can go on: a file of JSON lines, only ever appended to.
 
+Each process of a run that torchrun has started appends to a file of its own: journal, journal-1, journal-2.
+
 The first line says which run it is; every further one is a note of something finished. A line that a crash tore is
 dropped with all after it. The journal is not synced line by line: after a power cut it may be ahead of the tensors it
 speaks of, so nothing in it is believed before the bytes on disk have the hash that it names.
@@ -15,16 +17,20 @@ Identity: TypeAlias = dict[str, str]  # everything that decides the bytes of an 
 
 
 class Journal:
-    """The journal at `path`, which need not exist; `identity` is that of the run it was begun by, if it does."""
+    """The journal at `path`, which need not exist; `identity` is that of the run it was begun by, if it does.
+
+    What other processes of that run have noted beside it is read, too.
+    """
 
     def __init__(self, path: Path) -> None:
         self._path = path
         self._notes: list[tuple[str, dict[str, Any]]] = []
-        self.identity: Identity | None = None
         lines, self._end = _whole_lines(path)
-        if lines:
-            self.identity = lines[0]["identity"]
-            self._notes = [(kind, facts) for line in lines[1:] for kind, facts in line.items()]
+        self.identity: Identity | None = lines[0]["identity"] if lines else None
+        for beside in sorted(path.parent.glob(f"{path.name}-*")):
+            found, _ = _whole_lines(beside)
+            lines += found[1:] if found and found[0]["identity"] == self.identity else []
+        self._notes = [(kind, facts) for line in lines[1:] for kind, facts in line.items()]
 
     def __len__(self) -> int:
         return len(self._notes)
@@ -37,6 +43,17 @@ class Journal:
         """Forget everything and begin anew."""
         self.identity, self._notes, self._end = identity, [], 0
         self._append({"identity": identity})
+
+    def of_process(self, rank: int) -> Journal:
+        """The same, and what is noted from now on goes to the file of another process than the first."""
+        if rank == 0:
+            return self
+        own = Journal(self._path.with_name(f"{self._path.name}-{rank}"))
+        if own.identity != self.identity:
+            assert self.identity is not None, "the first process has begun"
+            own.begin(self.identity)
+        own._notes = list(self._notes)
+        return own
 
     def note(self, kind: str, facts: dict[str, Any]) -> None:
         """Add one line."""

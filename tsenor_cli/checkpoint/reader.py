@@ -63,8 +63,9 @@ class DiskTensor:
     def nbytes(self) -> int:
         return self.stop - self.start
 
-    def read(self, first: int = 0, last: int | None = None, *, pinned: bool = False) -> torch.Tensor:
-        """Rows `first` to `last` of the leading axis, in the tensor's own dtype; `pinned` for a copy to a GPU.
+    @property
+    def torch_dtype(self) -> torch.dtype:
+        """As torch calls it.
 
         Raises:
             InputRefused: torch has no such dtype.
@@ -78,11 +79,23 @@ class DiskTensor:
                 "it is quantised",
                 code="quantised-checkpoint",
             )
+        found: torch.dtype = getattr(torch, name)
+        return found
+
+    def read(self, first: int = 0, last: int | None = None, *, pinned: bool = False) -> torch.Tensor:
+        """Rows `first` to `last` of the leading axis, in the tensor's own dtype; `pinned` for a copy to a GPU.
+
+        Raises:
+            InputRefused: torch has no such dtype.
+        """
+        import torch
+
+        dtype = self.torch_dtype
         rows, *others = self.shape or (1,)
         count, row_bytes = len(range(*slice(first, last).indices(rows))), self.nbytes // max(rows, 1)
         raw = torch.empty(count * row_bytes, dtype=torch.uint8, pin_memory=pinned)
         self._fill(raw.numpy().data, first * row_bytes)
-        return raw.view(getattr(torch, name)).view((count, *others) if self.shape else ())
+        return raw.view(dtype).view((count, *others) if self.shape else ())
 
     def read_bytes(self, first: int, last: int) -> bytearray:
         """Bytes `first` to `last` of the tensor, whatever its dtype."""

@@ -17,7 +17,7 @@ import os
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from hashlib import sha256
 from pathlib import Path
 
@@ -149,6 +149,17 @@ def staged_output(output: Path, identity: Identity, *, overwrite: bool, resume: 
                 shutil.rmtree(partial, ignore_errors=True)
                 raise
             shutil.rmtree(partial, ignore_errors=True)
+
+
+@contextmanager
+def joined_output(output: Path, staged: Staged, rank: int) -> Iterator[Staged]:
+    """The same staging directory for another process of the run than the first, which keeps it.
+
+    Raises:
+        TsenorError: as staged_output.
+    """
+    with _plain_failures(output):
+        yield replace(staged, journal=staged.journal.of_process(rank))
 
 
 def _enter(partial: Path, output: Path, identity: Identity, resume: bool | None) -> Staged:

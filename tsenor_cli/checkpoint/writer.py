@@ -6,7 +6,7 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import replace
@@ -50,7 +50,14 @@ class OutputShards:
     What an interrupted run has put there stays.
     """
 
-    def __init__(self, checkpoint: Checkpoint, staging: Path) -> None:
+    def __init__(self, checkpoint: Checkpoint, staging: Path, mine: Collection[str] | None = None) -> None:
+        """Begin the files.
+
+        Args:
+            checkpoint: the input.
+            staging: the directory of the output.
+            mine: the tensors that this process writes; None for all.
+        """
         self._staging = staging
         self._missing: dict[Path, set[str]] = {}  # tensors that are not there yet, by shard
         self._shifts: dict[Path, int] = {}  # from places in the input's shard to those in the output's
@@ -59,7 +66,9 @@ class OutputShards:
         for shard in checkpoint.shards:
             header = _header(shard)
             _begin_with(self._path(shard.path), len(header).to_bytes(8, "little") + header)
-            self._missing[shard.path] = {tensor.name for tensor in shard.tensors}
+            wanted = {tensor.name for tensor in shard.tensors if mine is None or tensor.name in mine}
+            if wanted or mine is None:
+                self._missing[shard.path] = wanted
             self._shifts[shard.path] = len(header) - len(shard.header)
 
     @contextmanager
@@ -93,7 +102,7 @@ class OutputShards:
         return self.there(tensor).read()
 
     def sync(self) -> None:
-        """Everything is on the disk when this returns."""
+        """All that this process has written is on the disk when this returns."""
         for syncing in self._syncing:
             syncing.result()
         for path in self._missing:

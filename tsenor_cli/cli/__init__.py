@@ -23,7 +23,7 @@ from tsenor_cli.cli.prune import prune
 from tsenor_cli.cli.report import report
 from tsenor_cli.cli.signals import Stopped, signals_raise
 from tsenor_cli.cli.verify import verify
-from tsenor_cli.errors import DISK_FULL, TsenorError, UsageError
+from tsenor_cli.errors import DISK_FULL, SaidElsewhereError, TsenorError, UsageError
 from tsenor_cli.versions import versions
 
 _RESUME = "the same command with --resume goes on where this one stopped"
@@ -74,6 +74,8 @@ def run(arguments: Sequence[str]) -> int:
     except click.ClickException as error:
         command = error.ctx.command_path if isinstance(error, click.UsageError) and error.ctx else "tsenor"
         return _fail(error, f"{error.format_message()} (see {command} --help)", error.exit_code, UsageError.code)
+    except SaidElsewhereError as error:
+        return error.exit_code
     except TsenorError as error:
         return _fail(error, error.message, error.exit_code, error.code, error.remedy)
     except Stopped as stopped:

@@ -192,19 +192,24 @@ def prune(
         **options,
     )
     with console.stdout_reserved():
-        from tsenor_cli import pipeline
-
         console.quiet_libraries(verbose=verbose)
+        from tsenor_cli import pipeline
+        from tsenor_cli.distributed import join_team
+
+        team = join_team()
+        quiet = quiet or team.rank > 0  # the first process speaks for all
         if dry_run:
-            plan = pipeline.plan_prune(spec)
+            plan = team.first(lambda: pipeline.plan_prune(spec))
         else:
             bar = console.progress(quiet=quiet, verbose=verbose)
             try:
-                report = pipeline.prune(spec, bar)
+                report = pipeline.prune(spec, bar, team)
             finally:
                 bar.close()
             if not quiet:
                 _show_report(report, spec.output)
+    if team.rank > 0:
+        return
     if dry_run:
         console.emit(_plan_json(plan)) if as_json else _show_plan(plan)
     else:

@@ -15,7 +15,7 @@ from tsenor_cli.checkpoint.staging import identity_sha256
 from tsenor_cli.masks.apply import count_zeros, energy
 from tsenor_cli.masks.solution import Status
 from tsenor_cli.pruners.base import Calibrated, PrunedLayer
-from tsenor_cli.report.costs import Costs, peak_memory_bytes
+from tsenor_cli.report.costs import Costs
 from tsenor_cli.report.records import Histogram, Report, Summary, TensorRecord, Tile
 from tsenor_cli.specs import PruneSpec, Rule
 from tsenor_cli.versions import versions
@@ -148,6 +148,7 @@ def build_report(
         },
         citations={name: citations[name] for name in sorted({r.method for r in records if r.method is not None})},
         device=device,
+        processes=costs.processes,
         threads=torch.get_num_threads(),
         summary=_summarise(plan, records, costs),
         tensors=records,
@@ -216,7 +217,7 @@ def _summarise(plan: Plan, records: list[TensorRecord], costs: Costs) -> Summary
         error=_error(pruned),
         seconds=round(costs.seconds, 3),
         stages={stage: round(seconds, 3) for stage, seconds in costs.stages.items()},
-        peak_memory_bytes=peak_memory_bytes(),
+        peak_memory_bytes=costs.peak_memory_bytes,
         read_bytes=read,
         written_bytes=written,
     )

@@ -5,8 +5,15 @@ from __future__ import annotations
 import sys
 import time
 from pathlib import Path
+from typing import NamedTuple
 
 _PROC = Path("/proc/self")
+
+
+class _OfProcess(NamedTuple):
+    peak_memory_bytes: int
+    read_bytes: int | None
+    written_bytes: int | None
 
 
 class Costs:
@@ -15,7 +22,8 @@ class Costs:
     def __init__(self) -> None:
         self._started = self._last = time.perf_counter()
         self._moved = _moved_bytes()
-        self.stages: dict[str, float] = {}  # seconds
+        self.stages: dict[str, float] = {}  # seconds of this process
+        self._processes: list[_OfProcess] = []
 
     def spent(self, stage: str, **elsewhere: float) -> None:
         """All since the last call went to `stage`, but for the seconds known to have gone elsewhere."""
@@ -30,12 +38,36 @@ class Costs:
         return time.perf_counter() - self._started
 
     @property
-    def moved_bytes(self) -> tuple[int, int] | tuple[None, None]:
-        """Read and written, by calls of the process; None where the system does not count them."""
+    def processes(self) -> int:
+        return max(len(self._processes), 1)
+
+    @property
+    def of_process(self) -> _OfProcess:
+        """What this process has cost so far."""
         if self._moved is None:
-            return None, None
+            return _OfProcess(peak_memory_bytes(), None, None)
         (read, written), (read_now, written_now) = self._moved, _moved_bytes() or self._moved
-        return read_now - read, written_now - written
+        return _OfProcess(peak_memory_bytes(), read_now - read, written_now - written)
+
+    def join(self, processes: list[_OfProcess]) -> None:
+        """Count in what every process of the run has cost, this one among them."""
+        self._processes = processes
+
+    @property
+    def peak_memory_bytes(self) -> int:
+        """The largest resident size of a process."""
+        return max(process.peak_memory_bytes for process in (*self._processes, self.of_process))
+
+    @property
+    def moved_bytes(self) -> tuple[int | None, int | None]:
+        """Read and written, by calls of the processes; None where the system does not count them."""
+        parts = self._processes if len(self._processes) > 1 else [self.of_process]
+        return _sum([part.read_bytes for part in parts]), _sum([part.written_bytes for part in parts])
+
+
+def _sum(counts: list[int | None]) -> int | None:
+    known = [count for count in counts if count is not None]
+    return sum(known) if len(known) == len(counts) else None
 
 
 def peak_memory_bytes() -> int:

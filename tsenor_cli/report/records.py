@@ -6,7 +6,7 @@ import json
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-SCHEMA_VERSION = 4
+SCHEMA_VERSION = 5
 
 
 @dataclass(frozen=True)
@@ -65,8 +65,8 @@ class Summary:
     error: float | None  # Σ of the tensors' squared output errors / Σ of their squared outputs, where known
     seconds: float
     stages: dict[str, float]  # what they went to
-    peak_memory_bytes: int  # the whole process, imports included
-    read_bytes: int | None  # by the whole process during the run, from files and caches; None where no system counts
+    peak_memory_bytes: int  # the largest process, imports included
+    read_bytes: int | None  # by all processes during the run, from files and caches; None where no system counts
     written_bytes: int | None
 
 
@@ -104,7 +104,8 @@ class Report:
     options: dict[str, Any]
     citations: dict[str, str]  # of every method that was used
     device: str
-    threads: int
+    processes: int
+    threads: int  # of each process
     summary: Summary
     tensors: list[TensorRecord]
     calibration: dict[str, Any] | None = None  # the text: source, hashes, samples, tokens
