@@ -105,12 +105,14 @@ def prune(spec: PruneSpec, observer: Observer | None = None, team: Team | None =
     costs.spent("planning")
     with _staged(job, team) as staged:
         before = _noted_perplexity(job, staged, observer, team)
-        costs.spent("perplexity")
+        if before is not None:
+            costs.spent("perplexity")
         writers = share_out(job.plan, team.nodes)
         mine = {name for name, rank in writers.items() if rank == team.rank}
         shards = team.in_turn(lambda: OutputShards(job.plan.checkpoint, staged.directory, mine))
         records = _finished(staged.journal, job.plan, shards, observer, mine)
-        costs.spent("resuming")
+        if records:
+            costs.spent("resuming")
         for record in _written(job, set(records), shards, staged, observer, team, writers):
             staged.journal.note("tensor", asdict(record))
             records[record.name] = record
@@ -124,7 +126,8 @@ def prune(spec: PruneSpec, observer: Observer | None = None, team: Team | None =
         team.first(lambda: _copy_the_rest(job.plan.checkpoint, staged.directory))
         costs.spent("finishing")
         after = _perplexity(job, staged.directory, observer, team)
-        costs.spent("perplexity")
+        if after is not None:
+            costs.spent("perplexity")
         costs.join(team.gather(costs.of_process))
         perplexity = {"before": before, "after": after} if before and after else None
         return team.first(lambda: _finish(job, staged, shards, records, costs, perplexity))
