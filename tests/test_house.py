@@ -36,7 +36,7 @@ MAY_IMPORT = {
     "identity": {"__init__", "checkpoint", "calibration", "report"},
     "streaming": {"checkpoint", "overlap", "pruners", "report"},
     "layerwise": {"streaming", "checkpoint", "calibration", "distributed", "pruners", "report"},
-    "checkpoint": set(),
+    "checkpoint": {"overlap"},
     "pruners": {"masks", "kernels"},
     "masks": {"kernels"},
     "kernels": set(),

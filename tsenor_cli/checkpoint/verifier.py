@@ -11,9 +11,9 @@ only mask, every weight that is not zero is the original's.
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field, replace
-from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -25,8 +25,11 @@ from tsenor_cli.checkpoint.plan import bands, make_plan
 from tsenor_cli.checkpoint.reader import PRUNABLE_DTYPES, Checkpoint, DiskTensor
 from tsenor_cli.checkpoint.writer import PAGE_FILE, REPORT_FILE
 from tsenor_cli.errors import CheckFailed, InputRefused, UsageError
+from tsenor_cli.overlap import ahead
 from tsenor_cli.specs import UPDATING, NMPattern, PruneSpec
 
+_READ_AHEAD = 2  # bands
+_INTEGERS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
 _WRITTEN_ANEW = {Path("README.md"), Path(REPORT_FILE), Path(PAGE_FILE)}
 Progress = Callable[[str, int], None]
 
@@ -99,6 +102,7 @@ def verify_checkpoint(
         ", ".join(dict.fromkeys(pattern.kind for pattern in claim.patterns)),
         str(original.directory) if original else None,
     )
+    hashes: dict[str, str] = {}
     for name, claimed in claim.tensors.items():
         tensor = checkpoint.tensors.get(name)
         if tensor is None or tensor.dtype not in PRUNABLE_DTYPES or not fits(tensor.shape, claimed.layout):
@@ -106,14 +110,15 @@ def verify_checkpoint(
             continue
         source = original.tensors.get(name) if original and claimed.mask_only else None
         comparable = source is not None and (source.dtype, source.shape) == (tensor.dtype, tensor.shape)
-        _check_pruned(tensor, claimed.layout, claimed.pattern, source if comparable else None, result, advanced)
+        source = source if comparable else None
+        hashes[name] = _check_pruned(tensor, claimed.layout, claimed.pattern, source, result, advanced)
     if original is not None:
-        result.failures += _differences(checkpoint, original, set(claim.tensors), advanced)
+        result.failures += _differences(checkpoint, original, set(claim.tensors), hashes, advanced)
     failed = {failure.where for failure in result.failures}
     result.failures += (
         Failure(name, "its bytes are not those that the report was written for")
         for name, tensor in checkpoint.tensors.items()
-        if name in claim.hashes and name not in failed and _sha256(tensor) != claim.hashes[name]
+        if name in claim.hashes and name not in failed and (hashes.get(name) or _sha256(tensor)) != claim.hashes[name]
     )
     return result
 
@@ -172,31 +177,56 @@ def _check_pruned(
     source: DiskTensor | None,
     result: Verification,
     advanced: Progress,
-) -> None:
-    """Check one tensor band by band; every kind of failure is reported once, with its count and first place."""
+) -> str:
+    """Check one tensor band by band; every kind of failure is reported once, with its count and first place.
+
+    Returns the hash of its bytes. Bands are read and hashed while others are checked.
+    """
     if not pattern.divides(*matrix_size(tensor.shape, layout)):
         result.failures.append(Failure(tensor.name, f"{pattern.m} does not divide its shape {list(tensor.shape)}"))
-        return
+        return _sha256(tensor)
+    digest = hashlib.sha256()
+
+    def read(first: int, last: int) -> tuple[int, torch.Tensor, torch.Tensor | None]:
+        band = tensor.read(first, last)
+        digest.update(band.view(-1).view(torch.uint8).numpy().data)
+        return first, band, None if source is None else source.read(first, last)
+
     found: dict[str, Failure] = {}
     groups = zeros = 0
     exact = True
-    for first, last in bands(tensor, layout, pattern.m):
-        band = tensor.read(first, last)
+    for first, band, original in ahead(read, bands(tensor, layout, pattern.m), _READ_AHEAD):
         weight = to_matrices(band, layout)
-        wrong = {"a negative zero": (weight == 0) & torch.signbit(weight), "not finite": ~torch.isfinite(weight)}
-        if source is not None:
-            original = to_matrices(source.read(first, last), layout)
-            wrong["a kept weight that is not the original's"] = (weight != 0) & (weight != original)
-        for axis, counts in _group_counts(weight != 0, pattern).items():
+        bits = weight.view(_INTEGERS[weight.element_size()])
+        nonzero = bits * 2 != 0  # without the sign
+        wrong = _unsound(weight, bits)
+        if original is not None:
+            kept = to_matrices(original, layout).view(bits.dtype) * nonzero
+            if not torch.equal(kept, bits):
+                wrong["a kept weight that is not the original's"] = (kept != bits) & nonzero
+        for axis, counts in _group_counts(nonzero, pattern).items():
             groups += counts.numel()
-            exact = exact and bool((counts == pattern.n).all())
-            too_many = (counts > pattern.n).repeat_interleave(pattern.m, axis)  # back to one entry per weight
-            wrong[f"in a group of {pattern.m} along {_AXIS_NAMES[axis]} with more than {pattern.n}"] = too_many
-        zeros += band.numel() - int(torch.count_nonzero(band))
+            fewest, most = map(int, torch.aminmax(counts))
+            exact = exact and fewest == most == pattern.n
+            if most > pattern.n:
+                too_many = (counts > pattern.n).repeat_interleave(pattern.m, axis)  # back to one entry per weight
+                wrong[f"in a group of {pattern.m} along {_AXIS_NAMES[axis]} with more than {pattern.n}"] = too_many
+        zeros += nonzero.numel() - int(torch.count_nonzero(nonzero))
         _collect(found, tensor.name, wrong, layout, first)
         advanced(tensor.name, band.nbytes)
     result.failures += found.values()
     result.tensors.append(TensorCheck(tensor.name, groups, exact, zeros))
+    return digest.hexdigest()
+
+
+def _unsound(weight: torch.Tensor, bits: torch.Tensor) -> dict[str, torch.Tensor]:
+    """Where weights are negative zeros or not finite, if any are: what is quick to exclude is not looked for."""
+    found = {}
+    if int(bits.min()) == torch.iinfo(bits.dtype).min:  # only the sign is set
+        found["a negative zero"] = bits == torch.iinfo(bits.dtype).min
+    if not all(map(math.isfinite, torch.stack(torch.aminmax(weight)).tolist())):  # NaN travels through min and max
+        found["not finite"] = ~torch.isfinite(weight)
+    return found
 
 
 _AXIS_NAMES = {-1: "the input axis", -2: "the output axis"}
@@ -232,9 +262,9 @@ def _collect(found: dict[str, Failure], name: str, wrong: dict[str, torch.Tensor
 
 
 def _differences(
-    checkpoint: Checkpoint, original: Checkpoint, pruned: set[str], advanced: Progress
+    checkpoint: Checkpoint, original: Checkpoint, pruned: set[str], hashes: dict[str, str], advanced: Progress
 ) -> Iterator[Failure]:
-    """Everything that should be the original's and is not."""
+    """Everything that should be the original's and is not; the hashes of what is compared are left in `hashes`."""
     for name, tensor in original.tensors.items():
         copy = checkpoint.tensors.get(name)
         if copy is None:
@@ -242,7 +272,12 @@ def _differences(
         elif (copy.dtype, copy.shape) != (tensor.dtype, tensor.shape):
             yield Failure(name, f"{copy.dtype} {list(copy.shape)}, the original {tensor.dtype} {list(tensor.shape)}")
         elif name not in pruned:
-            if any(a != b for a, b in zip_longest(copy.chunks(), tensor.chunks())):
+            digest, same = hashlib.sha256(), True
+            for chunk, wanted in zip(copy.chunks(), tensor.chunks(), strict=True):  # of one dtype and shape
+                digest.update(chunk)
+                same = same and chunk == wanted
+            hashes[name] = digest.hexdigest()
+            if not same:
                 yield Failure(name, "not pruned, but not bit-identical to the original")
             advanced(name, copy.nbytes)
     for name in checkpoint.tensors.keys() - original.tensors.keys():
