@@ -7,9 +7,13 @@ of one process: work is only ever moved, never cut differently (docs/scaling.md)
 from __future__ import annotations
 
 import os
+import socket
+import struct
+import sys
 import time
 from collections import defaultdict
 from collections.abc import Callable, Collection
+from contextlib import suppress
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any, TypeVar, cast
 
@@ -25,6 +29,7 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 _PATIENCE = timedelta(days=7)  # others may factorise a large matrix meanwhile; torchrun ends us if one of them dies
 _POLL_S = 0.2
+_SIOCGIFADDR = 0x8915  # linux/sockios.h
 _ADVANCED, _DONE = "advanced bytes", "done"
 
 
@@ -95,6 +100,8 @@ class _Torchrun(Team):
         if torch.cuda.is_available():
             torch.cuda.set_device(local % torch.cuda.device_count())  # what "auto" and "cuda" mean from now on
             backend = "cpu:gloo,cuda:nccl"
+        if network := _network_to(os.environ["MASTER_ADDR"]):
+            os.environ.setdefault("GLOO_SOCKET_IFNAME", network)
         store, self.rank, self.size = next(rendezvous("env://"))
         attempt = os.environ["TORCHELASTIC_RESTART_COUNT"]
         self._store = dist.PrefixStore(f"tsenor attempt {attempt}", store)  # type: ignore[attr-defined]
@@ -195,6 +202,22 @@ class _Shared(Observer):
             self._when, done = time.monotonic(), self._store.add(_ADVANCED, 0)
             self._observer.advanced(self._name, done - self._told)
             self._told = done
+
+
+def _network_to(host: str) -> str | None:
+    """The interface that leads there. Gloo would take that of this machine's name, which is often the loopback's."""
+    if sys.platform != "linux":
+        return None
+    import fcntl
+
+    with suppress(OSError), socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+        probe.connect((host, 9))  # sends nothing
+        own = socket.inet_aton(probe.getsockname()[0])
+        for _, name in socket.if_nameindex():
+            with suppress(OSError):  # it has no address
+                if fcntl.ioctl(probe.fileno(), _SIOCGIFADDR, struct.pack("256s", name.encode()))[20:24] == own:
+                    return name
+    return None
 
 
 def join_team() -> Team:

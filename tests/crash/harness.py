@@ -28,6 +28,7 @@ COSTS = {
     "peak_memory_bytes",
     "read_bytes",
     "written_bytes",
+    "processes",
 }  # all that two equal runs may differ in
 
 
