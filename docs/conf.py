@@ -21,6 +21,7 @@ CONTENTS = {
         "Reading reports": "reports",
         "In a terminal": "terminal",
         "CI and pipelines": "ci",
+        "From a laptop to a cluster": "scaling",
         "Integrations": "integrations",
         "From Python": "solving-masks",
     },

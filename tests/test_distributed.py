@@ -105,7 +105,6 @@ def report(output):
 
 CASES = [
     ("llama", "magnitude", True),
-    ("llama", "magnitude", False),
     ("llama", "sparsegpt", True),
     ("llama", "sparsegpt", False),
     ("llama", "alps", True),
@@ -113,7 +112,6 @@ CASES = [
     ("llama", "wanda", True),
     ("qwen3_moe", "sparsegpt", True),  # experts on disk one by one
     ("gpt_oss", "alps", True),  # all experts in one tensor
-    ("gpt2", "sparsegpt", False),  # [in, out] on disk
 ]
 
 

@@ -7,6 +7,7 @@ from here.
 from __future__ import annotations
 
 import os
+import shutil
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, replace
@@ -17,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from tsenor_cli.checkpoint.journal import Identity, Journal
+from tsenor_cli.checkpoint.parts import bring_together, find_parts, part_directory
 from tsenor_cli.checkpoint.plan import Plan, enforce, make_plan
 from tsenor_cli.checkpoint.reader import Checkpoint, open_checkpoint
 from tsenor_cli.checkpoint.source import resolve_checkpoint
@@ -32,8 +34,8 @@ from tsenor_cli.checkpoint.verifier import Verification, verify_checkpoint
 from tsenor_cli.checkpoint.writer import PAGE_FILE, REPORT_FILE, OutputShards, copy_file, write_text
 from tsenor_cli.device import device_name, find_device
 from tsenor_cli.distributed import Team
-from tsenor_cli.distribution import share_out
-from tsenor_cli.errors import UsageError
+from tsenor_cli.distribution import share_out, share_shards
+from tsenor_cli.errors import InputRefused, UsageError
 from tsenor_cli.identity import run_identity
 from tsenor_cli.observer import Observer
 from tsenor_cli.pruners.alps import Alps
@@ -44,6 +46,7 @@ from tsenor_cli.pruners.wanda import Wanda
 from tsenor_cli.report.build import build_report
 from tsenor_cli.report.card import CARD_FILE, model_card
 from tsenor_cli.report.costs import Costs
+from tsenor_cli.report.merge import merge_reports
 from tsenor_cli.report.read import read_report
 from tsenor_cli.report.records import Report, TensorRecord
 from tsenor_cli.report.sample import take_samples
@@ -68,7 +71,8 @@ class _Job:
 
     spec: PruneSpec
     output: Path
-    plan: Plan
+    checkpoint: Checkpoint
+    plan: Plan  # of all of it, or of this part
     tokens: TextTokens | None
     eval_tokens: TextTokens | None
     identity: Identity
@@ -123,7 +127,8 @@ def prune(spec: PruneSpec, observer: Observer | None = None, team: Team | None =
         team.wait()
         for part in team.gather(records):
             records |= part
-        team.first(lambda: _copy_the_rest(job.plan.checkpoint, staged.directory))
+        if spec.part is None or spec.part.number == 1:
+            team.first(lambda: _copy_the_rest(job.checkpoint, staged.directory))
         costs.spent("finishing")
         after = _perplexity(job, staged.directory, observer, team)
         if after is not None:
@@ -135,7 +140,9 @@ def prune(spec: PruneSpec, observer: Observer | None = None, team: Team | None =
 
 def _prepare(spec: PruneSpec) -> _Job | Report:
     """Everything that can be refused before a byte is written; the report, if all has been done already."""
-    output = Path(os.path.abspath(spec.output))  # noqa: PTH100  (resolve() would follow a link)
+    output = _absolute(spec.output)
+    if spec.part is not None:
+        output = part_directory(output, spec.part)
     _check_methods(spec)
     device = find_device(spec.device)
     _solvers(spec)
@@ -151,8 +158,10 @@ def _prepare(spec: PruneSpec) -> _Job | Report:
     if spec.resume and already_finished(output, identity):
         return read_report(output)
     check_output(output, directory, overwrite=spec.overwrite)
-    check_space(output, checkpoint.nbytes)
-    return _Job(spec, output, plan, tokens, eval_tokens, identity)
+    if spec.part is not None:
+        plan = plan.restricted_to(share_shards(plan, [1.0] * spec.part.count)[spec.part.number - 1])
+    check_space(output, plan.checkpoint.nbytes)
+    return _Job(spec, output, checkpoint, plan, tokens, eval_tokens, identity)
 
 
 @contextmanager
@@ -169,6 +178,10 @@ def _copy_the_rest(checkpoint: Checkpoint, target: Path) -> None:
     """Everything that an output has of its input beside the shards."""
     for relative in checkpoint.other_files:
         copy_file(checkpoint.directory / relative, target / relative)
+
+
+def _absolute(path: Path) -> Path:
+    return Path(os.path.abspath(path))  # noqa: PTH100  (resolve() would follow a link)
 
 
 def _finish(
@@ -196,9 +209,50 @@ def _finish(
         tile,
         histogram,
     )
-    write_text(staged.directory / CARD_FILE, model_card(plan.checkpoint, spec, report))
-    write_text(staged.directory / PAGE_FILE, _page(report))
+    if spec.part is None:
+        _write_pages(report, job.checkpoint, staged.directory)
     write_text(staged.directory / REPORT_FILE, report.to_json())
+    return report
+
+
+def _write_pages(report: Report, original: Checkpoint, directory: Path) -> None:
+    """What people read of a run."""
+    write_text(directory / CARD_FILE, model_card(original, str(report.model["source"]), report))
+    write_text(directory / PAGE_FILE, _page(report))
+
+
+def merge(output: Path, *, overwrite: bool = False) -> Report:
+    """Put the parts together that runs with `spec.part` have made of `output`; they go when it is complete.
+
+    Raises:
+        InputRefused: a part is missing or damaged, or is of another run than the others.
+        OutputUnavailable, TsenorError: as prune.
+    """
+    output = _absolute(output)
+    parts = find_parts(output)
+    reports = [read_report(part) for part in parts]
+    for part, other in zip(parts[1:], reports[1:], strict=True):
+        if other.identity != reports[0].identity:
+            raise InputRefused(
+                f"{part} and {parts[0]} are not of one run",
+                "make all parts with the same options, versions and model",
+                code="parts-differ",
+            )
+    report = merge_reports(reports)
+    identity = {"parts": report.identity}
+    with staged_output(output, identity, overwrite=overwrite, resume=False) as staged:
+        bring_together(parts, staged.directory, left_out=(REPORT_FILE,))
+        merged = open_checkpoint(staged.directory, report.model["revision"])
+        if merged.tensors.keys() != {record.name for record in report.tensors}:
+            raise InputRefused(
+                f"the parts of {output} do not have the tensors that their reports name",
+                "they are damaged: make them again",
+                code="parts-differ",
+            )
+        _write_pages(report, merged, staged.directory)
+        write_text(staged.directory / REPORT_FILE, report.to_json())
+    for part in parts:
+        shutil.rmtree(part)
     return report
 
 
@@ -392,6 +446,11 @@ def _plan(checkpoint: Checkpoint, spec: PruneSpec) -> Plan:
 
 def _check_methods(spec: PruneSpec) -> None:
     """Methods and the options that belong to them fit together."""
+    if spec.part is not None and (spec.methods & CALIBRATED or spec.eval_text is not None):
+        raise UsageError(
+            "--shard makes a part that knows nothing of the others, and layers that run need all",
+            "use torchrun for calibrated methods and --eval",
+        )
     if unknown := spec.methods - set(METHODS):
         raise UsageError(f"unknown method {min(unknown)!r}", f"known: {', '.join(METHODS)}")
     calibrated = sorted(spec.methods & CALIBRATED)

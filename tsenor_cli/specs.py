@@ -90,6 +90,25 @@ class CalibrationSpec:
 
 
 @dataclass(frozen=True)
+class Part:
+    """One of the parts that jobs make of an output."""
+
+    number: int  # from 1
+    count: int
+
+    @classmethod
+    def parse(cls, text: str) -> Part:
+        """Read "3/8"; raises UsageError for anything else."""
+        match = re.fullmatch(r"([0-9]{1,6})/([0-9]{1,6})", text)
+        if match is None or not 1 <= int(match[1]) <= int(match[2]):
+            raise UsageError(f"part {text!r} is not possible", "give it as I/N with I from 1 to N, such as 3/8")
+        return cls(int(match[1]), int(match[2]))
+
+    def __str__(self) -> str:
+        return f"{self.number}/{self.count}"
+
+
+@dataclass(frozen=True)
 class PruneSpec:
     """Everything that decides the bytes of a pruned checkpoint, and where they go."""
 
@@ -117,6 +136,7 @@ class PruneSpec:
     device: str = "auto"  # where masks are solved and layers run: auto, cpu, cuda or cuda:i
     fallback: bool = False  # let plain torch solve masks on a GPU that a kernel does not compile for
     allow_nonfinite: bool = False  # copy tensors with NaN or infinite weights instead of refusing them
+    part: Part | None = None  # make this part of the output only, for `merge`
     overwrite: bool = False
     resume: bool | None = None  # go on with what an interrupted run left, or start over; None refuses to choose
 

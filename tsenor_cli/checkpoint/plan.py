@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import dataclass, replace
 from functools import cached_property
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from tsenor_cli.checkpoint.layouts import Layout, band_step, matrix_size
@@ -90,6 +92,12 @@ class Plan:
     def peak_bytes(self) -> int:
         """Expected peak memory above the imports."""
         return sum(self.memory.values())
+
+    def restricted_to(self, shards: Collection[Path]) -> Plan:
+        """The same of some shards only."""
+        kept = tuple(shard for shard in self.checkpoint.shards if shard.path in shards)
+        items = tuple(item for item in self.tensors if item.tensor.path in shards)
+        return replace(self, checkpoint=replace(self.checkpoint, shards=kept), tensors=items)
 
     def spilled(self) -> Plan:
         """The same, with hidden states on disk."""

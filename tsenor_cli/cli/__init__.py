@@ -19,6 +19,7 @@ from tsenor_cli.cli import console
 from tsenor_cli.cli.bench import bench
 from tsenor_cli.cli.eval import evaluate
 from tsenor_cli.cli.inspect import inspect
+from tsenor_cli.cli.merge import merge
 from tsenor_cli.cli.prune import prune
 from tsenor_cli.cli.report import report
 from tsenor_cli.cli.signals import Stopped, signals_raise
@@ -53,7 +54,7 @@ def cli() -> None:
     """
 
 
-for _command in (prune, verify, report, inspect, evaluate, bench):
+for _command in (prune, merge, verify, report, inspect, evaluate, bench):
     cli.add_command(_command)
 
 

@@ -11,6 +11,7 @@ from click.shell_completion import CompletionItem
 
 from tsenor_cli.errors import UsageError
 from tsenor_cli.report.checks import METRICS, Condition
+from tsenor_cli.specs import Part
 
 Command = Callable[..., Any]
 _UNITS = {
@@ -65,6 +66,18 @@ class ConditionType(click.ParamType[Condition]):
 
     def shell_complete(self, _ctx: click.Context, _param: click.Parameter, incomplete: str) -> list[CompletionItem]:
         return [CompletionItem(name) for name in METRICS if name.startswith(incomplete)]
+
+
+class PartType(click.ParamType[Part]):
+    """One of several parts: 3/8."""
+
+    name = "part"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Part:  # noqa: ANN401
+        try:
+            return value if isinstance(value, Part) else Part.parse(value)
+        except UsageError as error:
+            self.fail(str(error), param, ctx)
 
 
 DIRECTORY, TEXT = Directory(), Text()

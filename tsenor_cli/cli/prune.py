@@ -11,6 +11,7 @@ from tsenor_cli.cli import console
 from tsenor_cli.cli.options import (
     DIRECTORY,
     TEXT,
+    PartType,
     device_option,
     fail_if_option,
     ignore_option,
@@ -133,6 +134,14 @@ if TYPE_CHECKING:
     help="Copy tensors with NaN or infinite weights as they are, instead of refusing the checkpoint.",
 )
 @click.option("--strict", is_flag=True, help="Exit 4 if M does not divide a prunable tensor, instead of skipping it.")
+@click.option(
+    "--shard",
+    "part",
+    metavar="I/N",
+    type=PartType(),
+    help="Make part I of N only, some whole shards, in OUTPUT.part-I-of-N: for jobs that know nothing of each other. "
+    "tsenor merge puts the parts together.",
+)
 @fail_if_option
 @device_option
 @click.option(
@@ -194,6 +203,7 @@ def prune(
     with console.stdout_reserved():
         console.quiet_libraries(verbose=verbose)
         from tsenor_cli import pipeline
+        from tsenor_cli.checkpoint.parts import part_directory
         from tsenor_cli.distributed import join_team
 
         team = join_team()
@@ -206,16 +216,17 @@ def prune(
                 report = pipeline.prune(spec, bar, team)
             finally:
                 bar.close()
+            made = part_directory(spec.output, spec.part) if spec.part is not None else spec.output
             if not quiet:
-                _show_report(report, spec.output)
+                _show_report(report, made)
     if team.rank > 0:
         return
     if dry_run:
         console.emit(_plan_json(plan)) if as_json else _show_plan(plan)
     else:
-        console.event("finished", output=str(spec.output), seconds=report.summary.seconds)
-        console.emit({"output": str(spec.output), **report.to_dict()} if as_json else str(spec.output))
-        fail_if(conditions, report, str(spec.output))
+        console.event("finished", output=str(made), seconds=report.summary.seconds)
+        console.emit({"output": str(made), **report.to_dict()} if as_json else str(made))
+        fail_if(conditions, report, str(made))
 
 
 def _choices(

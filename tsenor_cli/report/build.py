@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -150,7 +151,7 @@ def build_report(
         device=device,
         processes=costs.processes,
         threads=torch.get_num_threads(),
-        summary=_summarise(plan, records, costs),
+        summary=summarise(records, checkpoint_bytes=plan.checkpoint.nbytes, **costs.to_dict()),
         tensors=records,
         calibration=calibration,
         perplexity=perplexity,
@@ -196,16 +197,18 @@ def _rule(rule: Rule) -> dict[str, Any]:
     return {"match": list(rule.match), "nm": str(pattern), "kind": pattern.kind, "method": rule.choice.method}
 
 
-def _summarise(plan: Plan, records: list[TensorRecord], costs: Costs) -> Summary:
+def summarise(records: Sequence[TensorRecord], **costs: Any) -> Summary:  # noqa: ANN401  (the rest of its fields)
+    """What the records of a run come to, and what it has cost."""
     pruned = [record for record in records if record.action == "pruned"]
     energy_before, energy_after = _total(pruned, "energy"), math.fsum(r.energy * r.kept_energy for r in pruned)  # type: ignore[operator]
     objective, upper_bound = _total(pruned, "objective"), _total(pruned, "upper_bound")
-    read, written = costs.moved_bytes
+    pruned_parameters = sum(record.parameters for record in pruned)
+    prunable_parameters = sum(record.parameters for record in records if record.prunable)
     return Summary(
-        coverage=plan.coverage,
+        coverage=pruned_parameters / max(prunable_parameters, 1),
         pruned_tensors=len(pruned),
-        pruned_parameters=plan.pruned_parameters,
-        prunable_parameters=plan.prunable_parameters,
+        pruned_parameters=pruned_parameters,
+        prunable_parameters=prunable_parameters,
         total_parameters=sum(record.parameters for record in records),
         zeros=sum(record.zeros or 0 for record in pruned),
         kept_energy=_share(energy_after, energy_before),
@@ -213,13 +216,8 @@ def _summarise(plan: Plan, records: list[TensorRecord], costs: Costs) -> Summary
         upper_bound=upper_bound,
         gap=_gap(objective, upper_bound),
         worst_block_gap=max((record.worst_block_gap or 0.0 for record in pruned), default=0.0),
-        checkpoint_bytes=plan.checkpoint.nbytes,
         error=_error(pruned),
-        seconds=round(costs.seconds, 3),
-        stages={stage: round(seconds, 3) for stage, seconds in costs.stages.items()},
-        peak_memory_bytes=costs.peak_memory_bytes,
-        read_bytes=read,
-        written_bytes=written,
+        **costs,
     )
 
 

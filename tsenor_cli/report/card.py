@@ -12,20 +12,20 @@ from huggingface_hub import ModelCard, ModelCardData
 from tsenor_cli.checkpoint.reader import Checkpoint
 from tsenor_cli.report.records import Report
 from tsenor_cli.report.words import tiny
-from tsenor_cli.specs import NMPattern, PruneSpec
+from tsenor_cli.specs import NMPattern
 
 CARD_FILE = "README.md"
 
 
-def model_card(checkpoint: Checkpoint, spec: PruneSpec, report: Report) -> str:
-    """The text of the output's README.md."""
+def model_card(checkpoint: Checkpoint, source: str, report: Report) -> str:
+    """The text of the output's README.md; `source` is what the user has called the input."""
     metadata, original = _original_card(checkpoint.directory / CARD_FILE)
     patterns = _patterns(report)
     tags = [*(metadata.tags or []), "sparse", "tsenor", *map(str, patterns), *(pattern.kind for pattern in patterns)]
     metadata.tags = list(dict.fromkeys(tags))
     metadata.library_name = metadata.library_name or "transformers"
-    if checkpoint.revision is not None and not Path(spec.model).exists():
-        metadata.base_model = spec.model.partition("@")[0]
+    if checkpoint.revision is not None and not Path(source).exists():
+        metadata.base_model = source.partition("@")[0]
         metadata["base_model_relation"] = (
             "quantized"  # the hub's name for a compressed re-release; it has none for pruned
         )

@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 import time
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 _PROC = Path("/proc/self")
 
@@ -37,6 +37,17 @@ class Costs:
     def seconds(self) -> float:
         return time.perf_counter() - self._started
 
+    def to_dict(self) -> dict[str, Any]:
+        """As the report's summary has them."""
+        read, written = self.moved_bytes
+        return {
+            "seconds": round(self.seconds, 3),
+            "stages": {stage: round(seconds, 3) for stage, seconds in self.stages.items()},
+            "peak_memory_bytes": self.peak_memory_bytes,
+            "read_bytes": read,
+            "written_bytes": written,
+        }
+
     @property
     def processes(self) -> int:
         return max(len(self._processes), 1)
@@ -62,10 +73,11 @@ class Costs:
     def moved_bytes(self) -> tuple[int | None, int | None]:
         """Read and written, by calls of the processes; None where the system does not count them."""
         parts = self._processes if len(self._processes) > 1 else [self.of_process]
-        return _sum([part.read_bytes for part in parts]), _sum([part.written_bytes for part in parts])
+        return known_sum([part.read_bytes for part in parts]), known_sum([part.written_bytes for part in parts])
 
 
-def _sum(counts: list[int | None]) -> int | None:
+def known_sum(counts: list[int | None]) -> int | None:
+    """The sum, None if any is unknown."""
     known = [count for count in counts if count is not None]
     return sum(known) if len(known) == len(counts) else None
 

@@ -1,0 +1,106 @@
+"""Jobs that know nothing of each other make parts, and merge puts them together: the bytes of one run."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+
+import pytest
+from crash.harness import content
+
+from tsenor_cli.pipeline import merge, prune
+from tsenor_cli.specs import NMPattern, Part, PruneSpec
+
+
+@pytest.fixture
+def spec(llama, tmp_path):
+    (llama / "README.md").write_text("---\nlicense: mit\n---\n\n# Tiny\n")
+    return PruneSpec(str(llama), tmp_path / "out", NMPattern(2, 4))
+
+
+def make_parts(spec, count, numbers=None):
+    for number in numbers or range(1, count + 1):
+        prune(PruneSpec(spec.model, spec.output, spec.pattern, part=Part(number, count)))
+
+
+@pytest.mark.parametrize("count", [1, 3, 6])  # of four shards
+def test_the_bytes_of_one_run(spec, tmp_path, count):
+    prune(PruneSpec(spec.model, tmp_path / "whole", spec.pattern))
+    make_parts(spec, count)
+    report = merge(spec.output)
+    merged, whole = content(spec.output), content(tmp_path / "whole")
+    facts, wanted = (json.loads(found.pop("tsenor-report.json")) for found in (merged, whole))
+    assert merged == whole
+    assert facts.pop("histogram")["weights"] == wanted.pop("histogram")["weights"]  # drawn from each part
+    for key in ("objective", "upper_bound", "kept_energy", "gap"):
+        assert facts["summary"].pop(key) == pytest.approx(wanted["summary"].pop(key), rel=1e-9, abs=1e-12)
+    assert facts == wanted
+    assert report.processes == count
+    assert list(tmp_path.glob("*part*")) == []
+
+
+@pytest.mark.parametrize("linked", [True, False])
+def test_a_merge_that_fails_leaves_the_parts(spec, tmp_path, monkeypatch, linked):
+    make_parts(spec, 2)
+    before = {path: content(path) for path in tmp_path.glob("*part*")}
+    with monkeypatch.context() as patch:
+        if not linked:
+            patch.setattr(os, "link", lambda *_: (_ for _ in ()).throw(OSError("no links here")))
+        patch.setattr("tsenor_cli.pipeline.model_card", lambda *_: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            merge(spec.output)
+    assert not spec.output.exists()
+    assert {path: content(path) for path in tmp_path.glob("*part*")} == before
+    merge(spec.output)
+
+
+def fails(outcome, code, *words):
+    assert outcome.code == code
+    assert outcome.err.count("\n") == 1
+    for word in words:
+        assert word in outcome.err
+
+
+def test_what_cannot_be_merged(tsenor, spec, tmp_path):
+    fails(tsenor("merge", spec.output), 3, "there is no part", "--shard 1/N", "[missing-parts]")
+    make_parts(spec, 3, [1, 3])
+    fails(tsenor("merge", spec.output), 3, "part 2 of 3 is missing", "--shard 2/3")
+    make_parts(spec, 3, [2])
+    make_parts(spec, 2, [1])
+    fails(tsenor("merge", spec.output), 3, "parts of 2 and of 3")
+    shutil.rmtree(tmp_path / "out.part-1-of-2")
+    shutil.rmtree(tmp_path / "out.part-2-of-3")
+    prune(PruneSpec(spec.model, spec.output, NMPattern(1, 4), part=Part(2, 3)))
+    fails(tsenor("merge", spec.output), 3, "not of one run", "[parts-differ]")
+    shutil.rmtree(tmp_path / "out.part-2-of-3")
+    make_parts(spec, 3, [2])
+    (shard, *_) = (tmp_path / "out.part-2-of-3").glob("*.safetensors")
+    shard.rename(tmp_path / "aside")
+    fails(tsenor("merge", spec.output), 3, shard.name)
+    (tmp_path / "aside").rename(shard)
+    spec.output.mkdir()
+    fails(tsenor("merge", spec.output), 5, "exists")
+    done = tsenor("merge", spec.output, "--overwrite")
+    assert (done.code, done.out) == (0, f"{spec.output}\n")
+    assert tsenor("verify", spec.output, "--against", spec.model).code == 0
+
+
+def test_the_command(tsenor, llama):
+    for number in (1, 2):
+        done = tsenor("prune", llama, "--nm", "2:4", "--shard", f"{number}/2", "-q")
+        assert (done.code, done.out) == (0, f"llama-2of4-transposable.part-{number}-of-2\n")
+    done = tsenor("merge", "llama-2of4-transposable", "--json", "--fail-if", "coverage<0.9")
+    assert done.code == 0
+    assert json.loads(done.out)["processes"] == 2
+
+
+@pytest.mark.parametrize("part", ["0/2", "3/2", "2", "a/b", "1/0", "-1/2"])
+def test_impossible_parts(tsenor, llama, part):
+    fails(tsenor("prune", llama, "--nm", "2:4", f"--shard={part}"), 2, "not possible")
+
+
+def test_layers_need_all_parts(tsenor, llama, tmp_path):
+    (tmp_path / "text.txt").write_text("a b c")
+    calibrated = ("--method", "wanda", "--calibration", tmp_path / "text.txt")
+    fails(tsenor("prune", llama, "--nm", "2:4", "--shard", "1/2", *calibrated), 2, "torchrun")
