@@ -24,7 +24,7 @@ import threading
 import time
 import zlib
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 MIB = 2**20
 GIB = 2**30
@@ -87,8 +87,10 @@ def measure(folder: Path, size: int, shapes: Shapes, options: list[str]) -> tupl
     copy_s = timed_copy(source, folder / "copy")
     shutil.rmtree(folder / "copy")
     command = ["prune", str(source), "-o", str(folder / "pruned"), *options]
-    bound = dry_run(command)
+    said = dry_run(command)
+    bound = said["memory"]
     run = run_child(folder, command)
+    alone = run_child(folder, ["verify", str(folder / "pruned")])
     check = run_child(folder, ["verify", str(folder / "pruned"), "--against", str(source)])
     layers, _ = plan(size, shapes)
     solve_s = layers * layer_seconds(shapes, options)
@@ -108,6 +110,11 @@ def measure(folder: Path, size: int, shapes: Shapes, options: list[str]) -> tupl
     print(
         f"prune                {run['seconds']:8.1f} s     {(run['seconds'] - solve_s) / copy_s:.2f} copies and solving"
     )
+    foretold = said["forecast"]["seconds"]
+    print(
+        f"--dry-run says       {foretold:8.1f} s     {foretold / run['seconds'] - 1:+.0%}; {said['forecast']['stages']}"
+    )
+    print(f"verify               {alone['seconds']:8.1f} s     {alone['seconds'] / copy_s:.2f} copies")
     print(f"verify --against     {check['seconds']:8.1f} s     {check['seconds'] / copy_s:.2f} copies")
     print(f"  peak               {check['peak'] / MIB:8.0f} MiB")
     return above, sum(bound.values()) / MIB
@@ -130,15 +137,15 @@ def layer_seconds(shapes: Shapes, options: list[str]) -> float:
     return min(seconds)
 
 
-def dry_run(command: list[str]) -> dict[str, int]:
-    """What the command says it will need, in bytes by what it is for."""
+def dry_run(command: list[str]) -> dict[str, Any]:
+    """What the command says it will need."""
     done = subprocess.run(
         [sys.executable, "-m", "tsenor_cli", *command, "--dry-run", "--json"],
         check=True,
         capture_output=True,
         env=ENVIRONMENT,
     )
-    return json.loads(done.stdout)["memory"]
+    return json.loads(done.stdout)
 
 
 def layer_shapes(shapes: Shapes) -> dict[str, tuple[int, ...]]:

@@ -43,8 +43,9 @@ class Team:
         restarted: an earlier attempt of this run has died.
     """
 
-    rank, size, restarted = 0, 1, False
-    nodes: list[list[int]] = [[0]]  # noqa: RUF012  (never written to)
+    def __init__(self, rank: int = 0, size: int = 1, *, restarted: bool = False) -> None:
+        self.rank, self.size, self.restarted = rank, size, restarted
+        self.nodes = [[0]]
 
     def observer(self, observer: Observer) -> Observer:
         """The one to tell of progress, of all processes together."""
@@ -95,16 +96,16 @@ class _Torchrun(Team):
     def __init__(self) -> None:
         from torch.distributed.rendezvous import rendezvous  # not all builds of torch have it
 
-        local, self.restarted = int(os.environ["LOCAL_RANK"]), os.environ["TORCHELASTIC_RESTART_COUNT"] != "0"
         backend = "gloo"
         if torch.cuda.is_available():
+            local = int(os.environ["LOCAL_RANK"])
             torch.cuda.set_device(local % torch.cuda.device_count())  # what "auto" and "cuda" mean from now on
             backend = "cpu:gloo,cuda:nccl"
         if network := _network_to(os.environ["MASTER_ADDR"]):
             os.environ.setdefault("GLOO_SOCKET_IFNAME", network)
-        store, self.rank, self.size = next(rendezvous("env://"))
-        attempt = os.environ["TORCHELASTIC_RESTART_COUNT"]
-        self._store = dist.PrefixStore(f"tsenor attempt {attempt}", store)  # type: ignore[attr-defined]
+        store, rank, size = next(rendezvous("env://"))
+        super().__init__(rank, size, restarted=_restarts() > 0)
+        self._store = dist.PrefixStore(f"tsenor attempt {_restarts()}", store)  # type: ignore[attr-defined]
         dist.init_process_group(backend, store=self._store, rank=self.rank, world_size=self.size, timeout=_PATIENCE)
         by_node: dict[int, list[int]] = defaultdict(list)
         for rank, node in enumerate(self.gather(int(os.environ["GROUP_RANK"]))):
@@ -204,6 +205,10 @@ class _Shared(Observer):
             self._told = done
 
 
+def _restarts() -> int:
+    return int(os.environ["TORCHELASTIC_RESTART_COUNT"])
+
+
 def _network_to(host: str) -> str | None:
     """The interface that leads there. Gloo would take that of this machine's name, which is often the loopback's."""
     if sys.platform != "linux":
@@ -226,8 +231,10 @@ def join_team() -> Team:
     Raises:
         TsenorError: the others cannot be reached.
     """
-    if not dist.is_available() or not dist.is_torchelastic_launched() or os.environ.get("WORLD_SIZE") == "1":
+    if not dist.is_available() or not dist.is_torchelastic_launched():
         return Team()
+    if os.environ["WORLD_SIZE"] == "1":
+        return Team(restarted=_restarts() > 0)
     try:
         return _Torchrun()
     except (RuntimeError, ValueError) as error:  # of its kinds of errors all are one of these

@@ -36,6 +36,7 @@ from tsenor_cli.device import device_name, find_device
 from tsenor_cli.distributed import Team
 from tsenor_cli.distribution import share_out, share_shards
 from tsenor_cli.errors import InputRefused, UsageError
+from tsenor_cli.forecast import PLANNED, Forecast, forecast, planned_like
 from tsenor_cli.identity import run_identity
 from tsenor_cli.observer import Observer
 from tsenor_cli.pruners.alps import Alps
@@ -43,6 +44,7 @@ from tsenor_cli.pruners.base import BoundSolver, Pruner
 from tsenor_cli.pruners.magnitude import Magnitude
 from tsenor_cli.pruners.sparsegpt import SparseGPT
 from tsenor_cli.pruners.wanda import Wanda
+from tsenor_cli.rates import measure_rates
 from tsenor_cli.report.build import build_report
 from tsenor_cli.report.card import CARD_FILE, model_card
 from tsenor_cli.report.costs import Costs
@@ -50,7 +52,7 @@ from tsenor_cli.report.merge import merge_reports
 from tsenor_cli.report.read import read_report
 from tsenor_cli.report.records import Report, TensorRecord
 from tsenor_cli.report.sample import take_samples
-from tsenor_cli.specs import CALIBRATED, METHODS, UPDATING, NMPattern, PruneSpec
+from tsenor_cli.specs import CALIBRATED, METHODS, UPDATING, Cluster, NMPattern, PruneSpec
 from tsenor_cli.streaming import Streaming, leave_nonfinite
 
 if TYPE_CHECKING:
@@ -81,6 +83,24 @@ class _Job:
     def device(self) -> torch.device:
         """Of this process."""
         return find_device(self.spec.device)
+
+
+def predict(spec: PruneSpec, plan: Plan, cluster: Cluster | None = None) -> Forecast:
+    """How long a planned run would take and what it would need, here or on `cluster`.
+
+    Here, rates are measured in two seconds or so; a file of up to 1 GiB is written beside the output and is gone.
+    """
+    tokens = 0
+    if spec.calibration is not None and plan.calibrated:
+        from tsenor_cli.checkpoint.adapter.tokenizer import window_length
+
+        tokens = spec.calibration.samples * window_length(plan.checkpoint, spec.calibration.sequence_length)
+    if cluster is not None:
+        return forecast(plan, PLANNED[cluster.type], cluster.ranks, tokens)
+    device = find_device(spec.device)
+    if device.type != "cpu":
+        return forecast(plan, planned_like(device_name(device)), tokens=tokens)
+    return forecast(plan, measure_rates(plan, _absolute(spec.output), _solvers(spec)), tokens=tokens)
 
 
 def prune(spec: PruneSpec, observer: Observer | None = None, team: Team | None = None) -> Report:

@@ -13,6 +13,7 @@ from pathlib import Path
 from tsenor_cli.errors import UsageError
 
 MAX_M = 64
+GPU_TYPES = ("h200", "h100", "a100")  # that there are rates of (forecast.py)
 SOLVERS = ("exact", "entropic")  # of transposable masks
 METHODS = ("magnitude", "wanda", "sparsegpt", "alps")
 CALIBRATED = frozenset(METHODS[1:])  # those that have to see what goes into a weight
@@ -106,6 +107,33 @@ class Part:
 
     def __str__(self) -> str:
         return f"{self.number}/{self.count}"
+
+
+@dataclass(frozen=True)
+class Cluster:
+    """Machines to plan for."""
+
+    gpus: int  # of each
+    type: str
+    nodes: int = 1
+
+    @classmethod
+    def parse(cls, text: str) -> Cluster:
+        """Read "gpus=8,type=h200,nodes=2"; raises UsageError for anything else."""
+        given = dict(part.partition("=")[::2] for part in text.split(","))
+        numbers = [given.get("gpus", "1"), given.get("nodes", "1")]
+        known = given.keys() <= {"gpus", "type", "nodes"} and given.get("type") in GPU_TYPES
+        if not known or not all(re.fullmatch("[1-9][0-9]{0,3}", number) for number in numbers):
+            raise UsageError(
+                f"cluster {text!r} is not known",
+                f"give it as gpus=8,type=h200,nodes=2, with type one of {', '.join(GPU_TYPES)}",
+            )
+        return cls(int(numbers[0]), given["type"], int(numbers[1]))
+
+    @property
+    def ranks(self) -> list[list[int]]:
+        """The numbers of the processes of every machine, one for each GPU."""
+        return [list(range(node * self.gpus, (node + 1) * self.gpus)) for node in range(self.nodes)]
 
 
 @dataclass(frozen=True)

@@ -26,10 +26,9 @@ def test_a_run_in_events(tsenor, llama):
     assert names.count("pruned") == 14
     assert found[0]["to_prune"] == 14
     (last,) = [event for event in found if event["event"] == "pruned"][-1:]
-    tensors = open_checkpoint(llama).tensors
-    assert last["total_bytes"] - last["done_bytes"] == sum(
-        t.nbytes for t in list(tensors.values())[list(tensors).index(last["tensor"]) + 1 :]
-    )
+    tensors = list(open_checkpoint(llama).tensors.values())
+    behind = tensors[[tensor.name for tensor in tensors].index(last["tensor"]) + 1 :]
+    assert last["total_bytes"] - last["done_bytes"] == sum(tensor.nbytes for tensor in behind)
     assert last["memory_bytes"] > 0
     assert 0.5 < last["kept_energy"] <= 1
     assert all(event["time"].endswith("+00:00") for event in found)

@@ -80,6 +80,8 @@ def run(arguments: Sequence[str]) -> int:
     except TsenorError as error:
         return _fail(error, error.message, error.exit_code, error.code, error.remedy)
     except Stopped as stopped:
+        if _is_one_of_many():  # torchrun stops all of them, and the first one speaks
+            return stopped.exit_code
         return _fail(stopped, stopped.what, stopped.exit_code, stopped.what)
     except BrokenPipeError:
         # The reader of stdout has gone: nothing more can be said there. Keep the interpreter's last flush quiet.
@@ -88,6 +90,11 @@ def run(arguments: Sequence[str]) -> int:
     except OSError as error:
         code = "disk-full" if error.errno in DISK_FULL else TsenorError.code
         return _fail(error, f"{error.filename or 'input or output'}: {error.strerror or error}", 1, code)
+
+
+def _is_one_of_many() -> bool:
+    """Whether torchrun has started this process, and another one before it."""
+    return "TORCHELASTIC_RUN_ID" in os.environ and os.environ.get("RANK", "0") != "0"
 
 
 def _wants_json(arguments: Sequence[str]) -> bool:

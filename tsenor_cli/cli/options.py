@@ -11,7 +11,7 @@ from click.shell_completion import CompletionItem
 
 from tsenor_cli.errors import UsageError
 from tsenor_cli.report.checks import METRICS, Condition
-from tsenor_cli.specs import Part
+from tsenor_cli.specs import Cluster, Part
 
 Command = Callable[..., Any]
 _UNITS = {
@@ -76,6 +76,18 @@ class PartType(click.ParamType[Part]):
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Part:  # noqa: ANN401
         try:
             return value if isinstance(value, Part) else Part.parse(value)
+        except UsageError as error:
+            self.fail(str(error), param, ctx)
+
+
+class ClusterType(click.ParamType[Cluster]):
+    """Machines to plan for: gpus=8,type=h200."""
+
+    name = "cluster"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Cluster:  # noqa: ANN401
+        try:
+            return value if isinstance(value, Cluster) else Cluster.parse(value)
         except UsageError as error:
             self.fail(str(error), param, ctx)
 

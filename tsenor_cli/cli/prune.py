@@ -11,6 +11,7 @@ from tsenor_cli.cli import console
 from tsenor_cli.cli.options import (
     DIRECTORY,
     TEXT,
+    ClusterType,
     PartType,
     device_option,
     fail_if_option,
@@ -24,10 +25,20 @@ from tsenor_cli.cli.options import (
 )
 from tsenor_cli.report.checks import Condition, fail_if
 from tsenor_cli.report.words import amount, duration, size, tiny
-from tsenor_cli.specs import METHODS, SOLVERS, CalibrationSpec, Choice, NMPattern, PruneSpec
+from tsenor_cli.specs import (
+    GPU_TYPES,
+    METHODS,
+    SOLVERS,
+    CalibrationSpec,
+    Choice,
+    Cluster,
+    NMPattern,
+    PruneSpec,
+)
 
 if TYPE_CHECKING:
     from tsenor_cli.checkpoint.plan import Plan, TensorPlan
+    from tsenor_cli.forecast import Forecast
     from tsenor_cli.report.records import Report
     from tsenor_cli.specs import Rule
 
@@ -150,7 +161,16 @@ if TYPE_CHECKING:
     help="Let plain torch make the masks on a GPU that a kernel does not compile for: slowly, and not optimal.",
 )
 @click.option(
-    "--dry-run", is_flag=True, help="Show what would be done to each tensor, from headers alone; write nothing."
+    "--dry-run",
+    is_flag=True,
+    help="Show what would be done to each tensor, from headers alone, and how long it would take; write nothing.",
+)
+@click.option(
+    "--plan",
+    "cluster",
+    metavar="gpus=N,type=T[,nodes=N]",
+    type=ClusterType(),
+    help=f"With --dry-run: predict for these machines instead of this one. Types: {', '.join(GPU_TYPES)}.",
 )
 @json_option
 @quiet_option
@@ -171,6 +191,7 @@ def prune(
     no_update: bool,
     conditions: tuple[Condition, ...],
     dry_run: bool,
+    cluster: Cluster | None,
     as_json: bool,
     quiet: bool,
     verbose: bool,
@@ -187,6 +208,8 @@ def prune(
     """
     if options["eval_text"] is None and any(condition.needs_text for condition in conditions):
         raise click.UsageError("--fail-if asks for perplexity: give the text with --eval", click.get_current_context())
+    if cluster is not None and not dry_run:
+        raise click.UsageError("--plan is for --dry-run", click.get_current_context())
     default, rules = _choices(nm, standard, method, recipe)
     spec = PruneSpec(
         model=model,
@@ -210,6 +233,7 @@ def prune(
         quiet = quiet or team.rank > 0  # the first process speaks for all
         if dry_run:
             plan = team.first(lambda: pipeline.plan_prune(spec))
+            prediction = team.first(lambda: pipeline.predict(spec, plan, cluster))
         else:
             bar = console.progress(quiet=quiet, verbose=verbose)
             try:
@@ -222,7 +246,7 @@ def prune(
     if team.rank > 0:
         return
     if dry_run:
-        console.emit(_plan_json(plan)) if as_json else _show_plan(plan)
+        console.emit(_plan_json(plan, prediction)) if as_json else _show_plan(plan, prediction)
     else:
         console.event("finished", output=str(made), seconds=report.summary.seconds)
         console.emit({"output": str(made), **report.to_dict()} if as_json else str(made))
@@ -305,15 +329,16 @@ def _reasons(report: Report) -> dict[str, list[str]]:
     return found
 
 
-def _plan_json(plan: Plan) -> dict[str, Any]:
+def _plan_json(plan: Plan, prediction: Forecast) -> dict[str, Any]:
     return {
-        "schema_version": 2,
+        "schema_version": 3,
         "coverage": plan.coverage,
         "pruned_parameters": plan.pruned_parameters,
         "prunable_parameters": plan.prunable_parameters,
         "bytes": plan.checkpoint.nbytes,
         "expected_peak_memory_bytes": plan.peak_bytes,
         "memory": plan.memory,
+        "forecast": prediction.to_dict(),
         "tensors": [
             {
                 "name": item.tensor.name,
@@ -334,7 +359,7 @@ def _plan_json(plan: Plan) -> dict[str, Any]:
     }
 
 
-def _show_plan(plan: Plan) -> None:
+def _show_plan(plan: Plan, prediction: Forecast) -> None:
     rows = [
         (
             item.tensor.name,
@@ -351,6 +376,19 @@ def _show_plan(plan: Plan) -> None:
         f"{len(plan.pruned)} of {len(plan.tensors)} tensors to prune, "
         f"coverage {plan.coverage:.2%}, {size(plan.checkpoint.nbytes)} to write, "
         f"peak memory about {size(plan.peak_bytes)} above the imports"
+    )
+    console.emit(_in_words(prediction))
+
+
+def _in_words(prediction: Forecast) -> str:
+    """One line: how long, what of, and how far that is to be trusted."""
+    by = "" if prediction.processes == 1 else f" by {prediction.processes} processes on {prediction.machines} machines"
+    if prediction.processes > 1:
+        by += f", balance {prediction.balance:.1%}"
+    network = f", {size(prediction.network_bytes)} between them" if prediction.network_bytes else ""
+    return (
+        f"about {duration(prediction.seconds)}{by}, {size(prediction.read_bytes)} to read, "
+        f"{size(prediction.written_bytes)} to write{network} ({prediction.rates.where})"
     )
 
 

@@ -1,0 +1,104 @@
+"""What this machine gets done, measured in a second or two, with the code that a run uses."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import tempfile
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+import torch
+
+from tsenor_cli.checkpoint.plan import BAND_BYTES, Plan
+from tsenor_cli.checkpoint.reader import COPY_BYTES
+from tsenor_cli.forecast import Rates
+from tsenor_cli.pruners.base import SolveMask
+from tsenor_cli.pruners.magnitude import Magnitude
+from tsenor_cli.report.build import Tally
+from tsenor_cli.specs import NMPattern
+
+_ENOUGH_S = 1.5  # to spend on the disk
+_SAMPLE_BYTES = 2**30  # at most, of the checkpoint and of a file that is never seen
+
+
+def measure_rates(plan: Plan, output: Path, solvers: Mapping[NMPattern, SolveMask]) -> Rates:
+    """The rates of this machine's CPU and of the disk that `output` is to be on; nothing of it stays.
+
+    Args:
+        plan: its patterns, and the files to read from.
+        output: where it is to go.
+        solvers: for each pattern.
+    """
+    cores = torch.get_num_threads()
+    patterns = {item.choice.pattern for item in plan.pruned if item.choice is not None}
+    where, read = f"measured on this machine, {cores} threads", _read_rate(plan)
+    try:
+        write = _write_rate(output, min(plan.checkpoint.nbytes, _SAMPLE_BYTES))
+    except OSError as error:
+        where, write = f"{where}; writing taken to be as fast as reading ({error.strerror})", read
+    return Rates(
+        where=where,
+        solve={(pattern.m, pattern.transposable): _solve_rate(pattern, solvers[pattern]) for pattern in patterns},
+        matmul=_matmul_rate() if plan.calibrated else 1.0,
+        read=read,
+        write=write,
+        hash=_hash_rate(),
+        cores=cores,
+        measured=True,
+    )
+
+
+def _best(work: Callable[[], object], times: int = 3) -> float:
+    """Seconds of the fastest; the first time may compile, or read what was compiled."""
+    seconds = []
+    for _ in range(times):
+        started = time.perf_counter()
+        work()
+        seconds.append(time.perf_counter() - started)
+    return min(seconds)
+
+
+def _solve_rate(pattern: NMPattern, solver: SolveMask) -> float:
+    """Of a band as streaming cuts them, from weights to what is written and counted."""
+    side = 1024 // pattern.m * pattern.m
+    band = torch.randn(BAND_BYTES // 2 // side // pattern.m * pattern.m, side).to(torch.bfloat16)
+
+    def work() -> None:
+        Tally().add(band, Magnitude().prune(band, solver), 0.0)
+
+    return band.numel() / _best(work)
+
+
+def _matmul_rate() -> float:
+    side = 1024
+    matrix = torch.randn(side, side)
+    return 2.0 * side**3 / _best(lambda: matrix @ matrix)
+
+
+def _hash_rate() -> float:
+    block = bytes(COPY_BYTES)
+    return len(block) / _best(lambda: hashlib.sha256(block))
+
+
+def _read_rate(plan: Plan) -> float:
+    """From the files themselves, which may be in memory already: as they are for the run."""
+    done, started = 0, time.perf_counter()
+    for item in sorted(plan.tensors, key=lambda item: -item.tensor.nbytes):
+        for chunk in item.tensor.chunks():
+            done += len(chunk)
+            if done >= _SAMPLE_BYTES or time.perf_counter() - started > _ENOUGH_S / 3:
+                return done / (time.perf_counter() - started)
+    return max(done, 1) / (time.perf_counter() - started)
+
+
+def _write_rate(output: Path, nbytes: int) -> float:
+    """To the disk, through the system's cache, of a file without a name."""
+    place = next(parent for parent in output.absolute().parents if parent.exists())
+    block, done, started = os.urandom(COPY_BYTES), 0, time.perf_counter()
+    with tempfile.TemporaryFile(dir=place, buffering=0) as file:
+        while done < nbytes and time.perf_counter() - started < _ENOUGH_S:
+            done += file.write(block)
+        os.fsync(file.fileno())
+    return max(done, 1) / (time.perf_counter() - started)
