@@ -369,7 +369,8 @@ def _written(
             yield record
             done.add(record.name)
     left = (item for item in plan.tensors if writers[item.tensor.name] == team.rank and item.tensor.name not in done)
-    yield from Streaming(pruners, solvers, job.device, shards, observer).run(left)
+    forgetful = job.checkpoint.outgrows_cache
+    yield from Streaming(pruners, solvers, job.device, shards, observer, forgetful=forgetful).run(left)
 
 
 def _noted_perplexity(job: _Job, staged: Staged, observer: Observer, team: Team) -> dict[str, Any] | None:

@@ -57,6 +57,7 @@ class Streaming:
         pruners: by name of the method; such as see no inputs.
         solvers: by pattern.
         device: where masks are solved.
+        forgetful: nobody will find the input in the system's cache again; give its pages back for what comes next.
     """
 
     def __init__(
@@ -66,7 +67,10 @@ class Streaming:
         device: torch.device,
         shards: OutputShards,
         observer: Observer,
+        *,
+        forgetful: bool = False,
     ) -> None:
+        self._forgetful = forgetful
         self._pruners = pruners
         self._solvers = solvers
         self._device = device
@@ -80,7 +84,7 @@ class Streaming:
         """
         if self._device.type == "cpu":
             parts = chain.from_iterable(map(_parts, items))
-            pruned: Iterator[_Pruned] = starmap(self._prune, ahead(_read, ((part,) for part in parts), READ_AHEAD))
+            pruned: Iterator[_Pruned] = starmap(self._prune, ahead(self._read, ((part,) for part in parts), READ_AHEAD))
         else:
             parts = chain.from_iterable(map(partial(_parts, nbytes=GPU_BAND_BYTES), items))
             streamed = zip(cycle(_streams(self._device)), parts, strict=False)
@@ -91,6 +95,13 @@ class Streaming:
                 if record is not None:
                     yield record
 
+    def _read(self, part: _Part) -> tuple[_Part, torch.Tensor | bytearray]:
+        tensor = part.item.tensor
+        content = (tensor.read if part.item.pruned else tensor.read_bytes)(part.first, part.last)
+        if part.ends and self._forgetful:
+            tensor.forget()
+        return part, content
+
     def _prune(self, part: _Part, content: torch.Tensor | bytearray) -> _Pruned:
         if isinstance(content, bytearray):
             return part, content, Tally()
@@ -99,7 +110,7 @@ class Streaming:
 
     def _prune_on_gpu(self, stream: torch.cuda.Stream, part: _Part) -> _Pruned:
         if not part.item.pruned:
-            return self._prune(*_read(part))
+            return self._prune(*self._read(part))
         with torch.cuda.stream(stream):
             band = part.item.tensor.read(part.first, part.last, pinned=True).to(self._device, non_blocking=True)
             pruned, tally = self._prune_band(part.item, band)
@@ -150,11 +161,6 @@ def _parts(item: TensorPlan, nbytes: int | None = None) -> Iterator[_Part]:
         end = item.tensor.nbytes
         found = [(first, min(first + COPY_BYTES, end)) for first in range(0, end, COPY_BYTES)] or [(0, 0)]
     return (_Part(item, first, last, last == found[-1][1]) for first, last in found)
-
-
-def _read(part: _Part) -> tuple[_Part, torch.Tensor | bytearray]:
-    read = part.item.tensor.read if part.item.pruned else part.item.tensor.read_bytes
-    return part, read(part.first, part.last)
 
 
 def _bytes(tensor: torch.Tensor) -> memoryview:

@@ -8,7 +8,9 @@ The format: an 8-byte little-endian header length, a JSON header, then the tenso
 
 from __future__ import annotations
 
+import os
 import re
+import sys
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -16,7 +18,7 @@ from fnmatch import fnmatchcase
 from functools import cached_property
 from math import prod
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import IO, TYPE_CHECKING, Any
 
 from tsenor_cli.checkpoint.jsonfile import MAX_JSON_BYTES, parse_object, read_object
 from tsenor_cli.checkpoint.source import OTHER_WEIGHT_FORMATS
@@ -103,6 +105,11 @@ class DiskTensor:
         self._fill(memoryview(buffer), first)
         return buffer
 
+    def forget(self) -> None:
+        """Give back what the system's cache has of it."""
+        with self.path.open("rb", buffering=0) as file:
+            forget(file, self.start, self.nbytes)
+
     def chunks(self) -> Iterator[bytearray]:
         """The raw bytes, a few MiB at a time."""
         for first in range(0, self.nbytes, COPY_BYTES):
@@ -140,6 +147,11 @@ class Checkpoint:
     @property
     def nbytes(self) -> int:
         return sum(shard.path.stat().st_size for shard in self.shards)
+
+    @cached_property
+    def outgrows_cache(self) -> bool:
+        """Larger than half of the memory: the system cannot keep it for whoever reads it next."""
+        return sys.platform == "linux" and self.nbytes > os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2
 
     @cached_property
     def other_files(self) -> tuple[Path, ...]:
@@ -366,6 +378,12 @@ def _position(tensor: DiskTensor) -> tuple[int, int]:
 
 def _is_other_format(path: Path) -> bool:
     return any(fnmatchcase(path.as_posix(), pattern) for pattern in OTHER_WEIGHT_FORMATS)  # as the hub filters
+
+
+def forget(file: IO[bytes], start: int, nbytes: int) -> None:
+    """Let the system take what it keeps in memory of a file, where it can be told: nobody will read it again soon."""
+    if sys.platform == "linux":
+        os.posix_fadvise(file.fileno(), start, nbytes, os.POSIX_FADV_DONTNEED)
 
 
 def _fill(file: Any, buffer: memoryview, path: Path) -> None:  # noqa: ANN401  (an unbuffered binary file)
