@@ -13,6 +13,7 @@ from tsenor_cli.distribution import balance, loads, share_out
 from tsenor_cli.specs import NMPattern
 
 _START_S = 4.0  # to import and to plan
+_BUSY = 0.8  # of their time cores are busy, which wait for one another in between (docs/measured.md)
 
 
 @dataclass(frozen=True)
@@ -127,7 +128,7 @@ def _together(stages: dict[str, float], rates: Rates) -> float:
     longest = max(streamed.values())
     if rates.cores:  # solving has all of them; a disk that is written through the system's cache takes one, too
         busy = streamed["masks"] * rates.cores + streamed["reading"] + streamed["hashing"] + streamed["writing"]
-        longest = max(longest, busy / rates.cores)
+        longest = max(longest, busy / rates.cores / _BUSY)
     return longest + sum(seconds for name, seconds in stages.items() if name not in streamed)
 
 

@@ -118,3 +118,22 @@ def test_a_tensor_that_failed_half_way_is_not_there(llama, staging):
         place.write(next(last.chunks()))
         raise ZeroDivisionError
     assert shards._missing[last.path] == {last.name}
+
+
+def test_what_is_written_is_settled_in_time(llama, staging, monkeypatch):
+    """Put to disk, and its pages given back, before a shard is complete; not one byte of it changes."""
+    forgotten = []
+    monkeypatch.setattr("tsenor_cli.checkpoint.writer.SETTLE_BYTES", 1000)
+    monkeypatch.setattr("tsenor_cli.checkpoint.writer.forget", lambda file, *part: forgotten.append((file.name, *part)))
+    checkpoint = open_checkpoint(llama)
+    shards = OutputShards(checkpoint, staging)
+    shard = checkpoint.shards[0]
+    for tensor in shard.tensors:
+        fill(shards, tensor)
+    shards.sync()
+    assert {name for name, _, _ in forgotten} == {str(staging / shard.path.name)}
+    covered = {at for _, start, nbytes in forgotten for at in range(start, start + nbytes)}
+    assert len(covered) == sum(nbytes for _, _, nbytes in forgotten), "each byte once"
+    written = sum(tensor.nbytes for tensor in shard.tensors)
+    assert written - 1000 < len(covered) <= written
+    assert (staging / shard.path.name).read_bytes() == shard.path.read_bytes()
