@@ -15,6 +15,7 @@ import traceback
 from dataclasses import replace
 
 import pytest
+import torch
 from checkpoints import add_tokenizer, make_checkpoint
 from crash.harness import content
 
@@ -67,6 +68,7 @@ def together(size, work, nodes=1):
                 "TORCHELASTIC_RUN_ID": "test",
                 "TORCHELASTIC_RESTART_COUNT": "0",
             }
+            torch.set_num_threads(1)  # torch's pool does not outlive a fork: made anew before several threads want it
             work(join_team())
             code = 0
         except SaidElsewhereError as error:

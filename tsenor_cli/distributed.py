@@ -150,7 +150,7 @@ class _Torchrun(Team):
         receivers: Collection[int],
     ) -> torch.Tensor | None:
         others = set(receivers) - {source}
-        if not others:
+        if not others or (len(others) == 1 and self.rank not in {source, *others}):
             return tensor
         if tensor is None:
             tensor = torch.empty(like[0], dtype=like[1], device=device)

@@ -183,24 +183,21 @@ class Collector:
 
     def _bring_together(self, site: Site, owner: int) -> None:
         """Move the blocks of a site to the process that prunes with them."""
-        rank = self._team.rank
-        features, tokens = max(self._team.gather(self._extent(site)))
-        sums = self._sums.setdefault(site, Accumulator(features, self._device, gram=self._gram))
-        sums.tokens, parts = tokens, sums.parts()
+        rank, own = self._team.rank, self._sums.get(site)
+        features, tokens = max(self._team.gather((own.features, own.tokens) if own else (0, 0)))
+        if rank == owner:
+            own = self._sums.setdefault(site, own or Accumulator(features, self._device, gram=self._gram))
+            own.tokens = tokens
+        parts = own.parts() if own else []
+        shapes = [(last, last - first) for first, last in _column_blocks(features)] if self._gram else [(features,)]
         for source, blocks in sorted(self._blocks_by_rank(site, features).items()):
             for block in blocks if source != owner else ():
-                shape, dtype = tuple(parts[block].shape), parts[block].dtype
-                given = self._team.give(
-                    parts[block] if rank == source else None, (shape, dtype), self._device, source, [owner]
-                )
+                like = shapes[block], torch.float64
+                given = self._team.give(parts[block] if rank == source else None, like, self._device, source, [owner])
                 if rank == owner and given is not None:
                     parts[block].copy_(given)
         if rank != owner:
-            del self._sums[site]
-
-    def _extent(self, site: Site) -> tuple[int, int]:
-        sums = self._sums.get(site)
-        return (sums.features, sums.tokens) if sums is not None else (0, 0)
+            self._sums.pop(site, None)
 
     def _module_given(self, site: Site, _module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         inputs: torch.Tensor = args[0] if args else next(iter(kwargs.values()))
