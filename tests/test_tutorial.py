@@ -89,6 +89,7 @@ README_NAMES = {
     "./llama": "model",
     "MODEL --recipe recipe.yaml": "model --recipe recipe.yaml --overwrite",
     "MODEL": "model",
+    "prune … --shard": "prune model --nm 4:8 --shard",
     "prune … --resume": "prune model --nm 2:4 --resume",
     "DIR --text FILE": "model-2of4-transposable --text eval.txt --sequence-length 16",
     "DIR...": "model-2of4-transposable model-8of16-transposable",
