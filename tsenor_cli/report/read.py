@@ -8,8 +8,6 @@ from pathlib import Path
 from textwrap import shorten
 from typing import Any
 
-from jsonschema import Draft202012Validator
-
 from tsenor_cli.checkpoint.jsonfile import read_object
 from tsenor_cli.checkpoint.writer import REPORT_FILE
 from tsenor_cli.errors import InputRefused
@@ -22,6 +20,8 @@ def read_report(directory: Path) -> Report:
     Raises:
         InputRefused: there is none, or it is not one of this version.
     """
+    from jsonschema import Draft202012Validator  # only those who read need it
+
     path = directory / REPORT_FILE
     if not path.is_file():
         raise InputRefused(f"{directory} has no {REPORT_FILE}", "name what tsenor prune has made", code="no-report")
