@@ -139,10 +139,7 @@ def scores_of_program(constants: dict[str, int], m: int) -> int:
     """How many scores a program solves."""
     if "G" in constants:
         return constants["G"] * m
-    lanes_of_block = (
-        constants["OUTER"] ** 2 if "OUTER" in constants else constants.get("RO", 1) * constants.get("CO", 1)
-    )
-    return constants["L"] // lanes_of_block * m * m
+    return constants["L"] // (constants.get("RO", 1) * constants.get("CO", 1)) * m * m
 
 
 def disassemble(cubin: bytes) -> tuple[str, int]:

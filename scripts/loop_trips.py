@@ -74,10 +74,10 @@ def measure(solve: str, n: int, m: int, programs: int) -> list[float]:
 
     from tsenor_cli.kernels.gpu import entropic, exact, standard
     from tsenor_cli.kernels.gpu.standard_kernel import variants
-    from tsenor_cli.kernels.gpu.variant import tiling
 
     groups = variants(m, n, "bf16")[0].constants["G"]
-    shape = (programs * groups, m) if solve == "standard" else (m, programs * tiling(m).blocks * m)
+    form = (entropic.entropic_tiling if solve == "entropic" else exact.draft_tiling)(m, 32)
+    shape = (programs * groups, m) if solve == "standard" else (m, programs * form.blocks * m)
     function = {"entropic": entropic.solve_entropic, "standard": standard.solve_standard}.get(solve)
     function = function or exact.solve_transposable
     scores = torch.randn(shape, generator=torch.Generator().manual_seed(0)).bfloat16()

@@ -20,6 +20,7 @@ from tsenor_cli.masks.request import Request, Solved
 
 BYTES_PER_SCORE = 24  # of a band: the scores and a copy in the kernel's layout, float64 both, and masks
 MOST_ELEMENTS = 1 << 28  # more at a time is no faster
+SURELY_FREE = 16  # what needs less than this part of the memory is tried at once: to ask takes longer than to solve
 _READ = {torch.float64, torch.float32, torch.bfloat16, torch.float16}  # other types become float32 first
 Kernel: TypeAlias = Callable[
     [torch.Tensor, torch.Tensor, torch.Tensor | None, torch.Tensor | None, bool], Tally
@@ -69,7 +70,9 @@ def _solve(
     device: torch.device,
 ) -> tuple[torch.Tensor, list[Tally]]:
     """The mask and the certificates, in bands of a size that fits."""
-    elements = max(1, min(MOST_ELEMENTS, _free_bytes(device) // BYTES_PER_SCORE))
+    elements = MOST_ELEMENTS
+    if scores.numel() * BYTES_PER_SCORE > torch.cuda.get_device_properties(device).total_memory // SURELY_FREE:
+        elements = max(1, min(MOST_ELEMENTS, _free_bytes(device) // BYTES_PER_SCORE))
     while True:
         try:
             return _solve_in_bands(scores, kernel, request, warm, duals, device, elements)

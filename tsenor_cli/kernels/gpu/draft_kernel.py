@@ -64,8 +64,10 @@ def draft(
     most,
     tries,
     M: tl.constexpr,
-    INNER: tl.constexpr,
-    OUTER: tl.constexpr,
+    RI: tl.constexpr,
+    CI: tl.constexpr,
+    RO: tl.constexpr,
+    CO: tl.constexpr,
     L: tl.constexpr,
     ABSOLUTE: tl.constexpr,
     WORDS: tl.constexpr,
@@ -78,35 +80,35 @@ def draft(
     state int32 [blocks] becomes 0 where proven, 1 where not, 2 more where a score is unusable; objective float64
     [blocks].
     """
-    SIDE: tl.constexpr = INNER * OUTER
-    row, column, block = rows_of(L, INNER, OUTER, OUTER), columns_of(L, INNER, OUTER), blocks_of(L, OUTER, OUTER)
+    SIDE: tl.constexpr = RI * RO
+    row, column, block = rows_of(L, RI, RO, CO), columns_of(L, CI, CO), blocks_of(L, RO, CO)
     real = block < blocks
     inside = real & (row < M) & (column < M)
-    offset = offsets_of(per_row, stride, M, L, INNER, INNER, OUTER, OUTER)
-    w, up, down, unusable = read(scores, offset, inside, ABSOLUTE, OUTER, OUTER)
+    offset = offsets_of(per_row, stride, M, L, RI, CI, RO, CO)
+    w, up, down, unusable = read(scores, offset, inside, ABSOLUTE, RO, CO)
     if WARM:
         place = (block.to(tl.int64) * 2 + 1) * M + column
         given = tl.load(warm + tl.max_contiguous(place, (L, 1, 1)), mask=real & (column < M), other=0.0)
         v = in_range(given * up * Q_ONE)
     else:
-        largest = block_max(w, OUTER, OUTER)
-        v = in_range(anneal(w, largest, row, column, n, sharpness, stages, per_stage, M, OUTER, OUTER) * Q_ONE)
+        largest = block_max(w, RO, CO)
+        v = in_range(anneal(w, largest, row, column, n, sharpness, stages, per_stage, M, RO, CO) * Q_ONE)
     # Not before the iteration: it needs all registers.
     terms = tl.load(ties + tl.max_contiguous(row * SIDE + column, (L, 1, 1)))
     q = (w * Q_ONE).to(tl.int32) + (terms >> HIDDEN)
     if M < SIDE:
         v = tl.where(column < M, v, FAR)
-    z = q + tl.where(best_of_rows(q - v, row, column, n, M, OUTER, OUTER), 0, APART)
+    z = q + tl.where(best_of_rows(q - v, row, column, n, M, RO, CO), 0, APART)
     allowed = tl.where(real, 1, 0)
-    z = swap(z, v, row, column, allowed, APART, OUTER, OUTER)
-    z, v = balance(z, v, row, column, n, allowed, most, M, APART, FAR, OUTER, OUTER)
-    u, v, left = centre(z, v, row, column, n, real, tries, M, scores.dtype.element_ty == tl.float64, OUTER, OUTER)
+    z = swap(z, v, row, column, allowed, APART, RO, CO)
+    z, v = balance(z, v, row, column, n, allowed, most, M, APART, FAR, RO, CO)
+    u, v, left = centre(z, v, row, column, n, real, tries, M, scores.dtype.element_ty == tl.float64, RO, CO)
     kept = z < FAR
     write(mask, kept, offset, inside, WORDS)
     tl.store(prices + tl.max_contiguous(block * SIDE + column, (L, 1, 1)), v, mask=real)
     exact = read_again(scores, offset, inside)
-    total = block_sum(tl.where(kept, exact, 0.0), OUTER, OUTER)
-    wrong = block_max(unusable, OUTER, OUTER)
+    total = block_sum(tl.where(kept, exact, 0.0), RO, CO)
+    wrong = block_max(unusable, RO, CO)
     tl.store(objective + block, total, mask=real)
     tl.store(state + block, left + 2 * wrong, mask=real)
     if DUALS:

@@ -17,9 +17,10 @@ from tsenor_cli.kernels.gpu.entropic_kernel import (
     UNMET,
     UNUSABLE,
     WORST_GAP,
+    entropic_tiling,
     variants,
 )
-from tsenor_cli.kernels.gpu.variant import DTYPES, tiling, warp_size
+from tsenor_cli.kernels.gpu.variant import DTYPES, warp_size
 from tsenor_cli.kernels.schedule import DEFAULT_ITERATIONS, FIRST_TAU, LAST_TAU
 
 
@@ -68,7 +69,7 @@ def solve(
         absolute=absolute,
         export=states is not None,
     )
-    programs = -(-blocks // tiling(m, lanes_per_warp).blocks)
+    programs = -(-blocks // entropic_tiling(m, lanes_per_warp).blocks)
     statistics = torch.empty((programs, STATISTICS.value), dtype=torch.float64, device=scores.device)
     variant.launch(
         programs,

@@ -13,16 +13,24 @@ import numpy as np
 import torch
 
 from tsenor_cli.kernels.contract import Tally, UnusableScoresError
-from tsenor_cli.kernels.gpu.exact_variants import draft_variant, four_variant, settle_variants
+from tsenor_cli.kernels.gpu import settle_kernel
+from tsenor_cli.kernels.gpu.exact_variants import (
+    can_write_words,
+    draft_tiling,
+    draft_variant,
+    four_variant,
+    settle_variants,
+)
 from tsenor_cli.kernels.gpu.four_kernel import EXCESS, OBJECTIVE, STATISTICS, UNUSABLE, WORST_GAP
-from tsenor_cli.kernels.gpu.variant import DTYPES, Variant, tiling, warp_size
+from tsenor_cli.kernels.gpu.variant import DTYPES, Variant, warp_size
 from tsenor_cli.kernels.ties import tie_table
 
 LOG2_E = 1.4426950408889634
 # Of annealing, for m up to: the first τ, how many stages (τ doubles), iterations of each. More cost more than the paths
 # they save.
-ANNEALING = {8: (10.0, 1, 12), 16: (16.0, 2, 12), 32: (12.5, 3, 16), 64: (12.5, 3, 24)}
+ANNEALING = {8: (10.0, 1, 12), 16: (16.0, 2, 16), 32: (16.0, 2, 16), 64: (25.0, 2, 24)}
 TRIES = 8  # rounds of centring
+COUNT = settle_kernel.STATISTICS.value
 SWEEPS_PER_LINE = 200  # of Bellman and Ford: far more than any block has needed
 
 
@@ -51,7 +59,7 @@ def solve_transposable(
     dtype, lanes = DTYPES[str(scores.dtype).removeprefix("torch.")], warp_size(scores)
     if m == 4 and duals is None and mask.data_ptr() % 4 == 0:
         return enumerate_fours(scores, mask, n, four_variant(n, dtype, lanes, absolute=absolute))
-    form, device = tiling(m, lanes), scores.device
+    form, device = draft_tiling(m, lanes), scores.device
     ties = padded_ties(n, m, form.side, device)
     prices = torch.empty((blocks, form.side), dtype=torch.int32, device=device)
     state = torch.empty(blocks, dtype=torch.int32, device=device)
@@ -60,11 +68,13 @@ def solve_transposable(
     shared |= {"per_row": scores.shape[1] // m, "stride": scores.shape[1]}
     found, most = objective if duals is None else duals, SWEEPS_PER_LINE * m
     tau, stages, per_stage = next(annealing for largest, annealing in ANNEALING.items() if m <= largest)
-    words = m % 8 == 0 and mask.data_ptr() % 8 == 0
+    width = form.constants["CI"]
+    words = can_write_words(m, form) and mask.data_ptr() % width == 0
+    word = {4: torch.int32, 8: torch.int64}[width] if words else torch.uint8
     options = {"absolute": absolute, "warm": warm is not None, "duals": duals is not None, "words": words}
     draft_variant(m, dtype, lanes, **options).launch(
         -(-blocks // form.blocks),
-        **shared | {"mask": mask.view(torch.int64 if words else torch.uint8)},
+        **shared | {"mask": mask.view(word)},
         warm=objective if warm is None else warm,
         prices=prices,
         state=state,
@@ -80,10 +90,8 @@ def solve_transposable(
     queue = state.nonzero().squeeze(1)
     if len(queue) == 0:
         return Tally(float(objective.sum()), 0.0, 0.0, 0)
-    if int(state.max()) > 1:
-        raise UnusableScoresError
     both = settle_variants(m, dtype, lanes, duals=duals is not None)
-    return settle_queue(shared, queue, prices, objective, found, most, both)
+    return settle_queue(shared, queue, state, prices, objective, found, most, both)
 
 
 def enumerate_fours(scores: torch.Tensor, mask: torch.Tensor, n: int, variant: Variant) -> Tally:
@@ -110,31 +118,33 @@ def enumerate_fours(scores: torch.Tensor, mask: torch.Tensor, n: int, variant: V
 def settle_queue(
     shared: dict[str, Any],
     queue: torch.Tensor,
+    state: torch.Tensor,
     prices: torch.Tensor,
     objective: torch.Tensor,
     duals: torch.Tensor,
     most: int,
     variants: tuple[Variant, Variant],
 ) -> Tally:
-    """Settle the blocks whose numbers are in `queue` [waiting] int64, and add up everything.
+    """Settle the blocks whose numbers are in `queue` [waiting] int64, and add up everything, in one copy to the host.
 
-    prices and objective are those of all blocks, see draft_kernel.py; those of the blocks in the queue are replaced.
+    state, prices and objective are those of all blocks, see draft_kernel.py; the objectives of the queue are replaced.
     """
     waiting, form = len(queue), variants[0].constants
     programs = -(-waiting // (form["L"] // (form["RO"] * form["CO"])))
-    sums = torch.empty((2, waiting), dtype=torch.float64, device=queue.device)
-    status = torch.empty(waiting, dtype=torch.int32, device=queue.device)
+    statistics = torch.empty((waiting, COUNT), dtype=torch.float64, device=queue.device)
     exact_prices = torch.empty((waiting, prices.shape[1]), dtype=torch.int64, device=queue.device)
     shared = shared | {"queue": queue, "exact_prices": exact_prices, "waiting": waiting}
     variants[0].launch(programs, **shared, prices=prices)
-    variants[1].launch(programs, **shared, objective=sums[0], excess=sums[1], status=status, duals=duals, most=most)
-    objective[queue] = sums[0]
-    gap = sums[1] / (sums[0] + sums[1]).where(sums[1] > 0, torch.ones_like(sums[1]))
-    totals = [objective.sum(), sums[1].sum(), gap.max(), (status > 0).sum(), (status < 0).sum()]
-    kept, excess, worst, repaired, failed = torch.stack([x.double() for x in totals]).tolist()
-    if failed > 0:
+    variants[1].launch(programs, **shared, objective=objective, statistics=statistics, duals=duals, most=most)
+    of_all = torch.stack([objective.sum(), state.amax().double()])
+    totals = torch.cat([of_all, statistics.sum(0), statistics.amax(0)]).tolist()
+    (kept, worst_state), sums, largest = totals[:2], totals[2 : 2 + COUNT], totals[2 + COUNT :]
+    if worst_state > 1:
+        raise UnusableScoresError
+    if sums[settle_kernel.FAILED.value] > 0:
         raise RuntimeError(f"no augmenting path in a {shared['n']}:{form['M']} block: please report this")
-    return Tally(kept, excess, worst, int(repaired))
+    excess, repaired = sums[settle_kernel.EXCESS.value], sums[settle_kernel.REPAIRED.value]
+    return Tally(kept, excess, largest[settle_kernel.GAP.value], int(repaired))
 
 
 @cache

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from tsenor_cli.kernels.gpu import draft_kernel, four_kernel, settle_kernel
-from tsenor_cli.kernels.gpu.variant import Variant, tiling
+from tsenor_cli.kernels.gpu.variant import Tiling, Variant, tiling
 
 _POINTERS = {
     "ties": "*i32",
@@ -14,9 +14,7 @@ _POINTERS = {
     "state": "*i32",
     "queue": "*i64",
     "objective": "*fp64",
-    "excess": "*fp64",
     "statistics": "*fp64",
-    "status": "*i32",
     "duals": "*fp64",
 }
 
@@ -34,6 +32,20 @@ def four_variant(n: int, dtype: str, warp_size: int, *, absolute: bool = True) -
     return Variant("four", four_kernel.four, signature, constants, 4)
 
 
+def draft_tiling(m: int, warp_size: int) -> Tiling:
+    """How the first kernel lays a block over lanes.
+
+    8×8 entries take the fewest instructions, but so many different ones that a GPU waits for their fetching, and so
+    many registers that little runs beside (docs/measured.md). More lanes than a warp has would wait for each other.
+    """
+    return tiling(m, warp_size, *((4, 4) if m <= 16 else (8, 4) if m <= 32 else (8, 8)))
+
+
+def can_write_words(m: int, form: Tiling) -> bool:
+    """Whether what a lane has of a row is a word of 4 or 8 bytes, inside the block or outside of it."""
+    return form.constants["CI"] >= 4 and m % form.constants["CI"] == 0
+
+
 def draft_variant(
     m: int,
     dtype: str,
@@ -44,28 +56,24 @@ def draft_variant(
     duals: bool = False,
     words: bool | None = None,
 ) -> Variant:
-    """8×8 entries in a lane, see tiling. `words`: the mask is written in int64; by default where m allows it."""
-    form = tiling(m, warp_size)
-    words = m % 8 == 0 if words is None else words
-    constants = {"M": m, "INNER": form.inner, "OUTER": form.outer, "L": form.lanes}
-    constants |= {"ABSOLUTE": absolute, "WARM": warm, "DUALS": duals, "WORDS": words}
+    """`words`: the mask is written CI bytes at a time; by default where m allows it."""
+    form = draft_tiling(m, warp_size)
+    words = can_write_words(m, form) if words is None else words
+    constants = {"M": m, **form.constants, "ABSOLUTE": absolute, "WARM": warm, "DUALS": duals, "WORDS": words}
     signature = _signature(draft_kernel.POINTERS, draft_kernel.NUMBERS, dtype)
-    signature |= {"mask": "*i64"} if words else {}
+    signature |= {"mask": "*i64" if form.constants["CI"] == 8 else "*i32"} if words else {}
     return Variant("draft", draft_kernel.draft, signature, constants, form.warps)
 
 
 def settle_variants(m: int, dtype: str, warp_size: int, *, duals: bool = False) -> tuple[Variant, Variant]:
     """First `arrange`, then `settle`: 4×8 entries in a lane, as each takes two registers."""
-    side = tiling(m, warp_size).side
-    high, wide = min(side, 4), min(side, 8)
-    lanes = max(warp_size, side * side // (high * wide))
-    form = {"M": m, "RI": high, "CI": wide, "RO": side // high, "CO": side // wide, "L": lanes}
+    form = tiling(m, warp_size, 4, 8)
+    constants = {"M": m, **form.constants}
     first = _signature(settle_kernel.FIRST_POINTERS, settle_kernel.FIRST_NUMBERS, dtype)
     then = _signature(settle_kernel.POINTERS, settle_kernel.NUMBERS, dtype)
-    warps = lanes // warp_size
     return (
-        Variant("arrange", settle_kernel.arrange, first, form, warps),
-        Variant("settle", settle_kernel.settle, then, form | {"DUALS": duals}, warps),
+        Variant("arrange", settle_kernel.arrange, first, constants, form.warps),
+        Variant("settle", settle_kernel.settle, then, constants | {"DUALS": duals}, form.warps),
     )
 
 

@@ -10,13 +10,15 @@ import triton.language as tl
 def write(mask, kept, offset, inside, WORDS: tl.constexpr):
     """Write kept [L, RI, CI] to mask + offset, the bytes of a bool matrix, where `inside`.
 
-    WORDS: what a lane has of a row, 8 bytes, is one word, as a byte at a time is eight times as many stores. The mask
-    points to int64 then, the first offset of every lane's row is a multiple of 8, and that row is inside or outside.
+    WORDS: what a lane has of a row, 4 or 8 bytes, is one word, as a byte at a time is as many stores. The mask points
+    to int32 or int64 then, the first offset of every lane's row is a multiple of it, and the row is inside or outside.
     """
     if WORDS:
-        byte = tl.arange(0, kept.shape[2])[None, None, :].to(tl.int64)
-        word = tl.sum(tl.where(kept, tl.full((1, 1, 1), 1, tl.int64) << (8 * byte), 0), axis=2, keep_dims=True)
-        first = tl.min(offset, axis=2, keep_dims=True) // 8
+        CI: tl.constexpr = kept.shape[2]
+        TYPE: tl.constexpr = tl.int64 if CI == 8 else tl.int32
+        byte = tl.arange(0, CI)[None, None, :].to(TYPE)
+        word = tl.sum(tl.where(kept, tl.full((1, 1, 1), 1, TYPE) << (8 * byte), 0), axis=2, keep_dims=True)
+        first = tl.min(offset, axis=2, keep_dims=True) // CI
         tl.store(
             mask + tl.max_contiguous(first, (kept.shape[0], 1, 1)),
             word,

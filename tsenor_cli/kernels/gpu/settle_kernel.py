@@ -35,8 +35,12 @@ OUTSIDE = tl.constexpr(1 << 58)  # the price of what is no column
 SWEEPS = tl.constexpr(12)  # of `price`: enough where it can succeed at all
 NOTICEABLE = tl.constexpr(1e-9)  # a gap that is worth the search for better duals
 
+# What is written of each block, float64 [waiting, STATISTICS].
+EXCESS, GAP, REPAIRED, FAILED = (tl.constexpr(k) for k in range(4))
+STATISTICS = tl.constexpr(4)
+
 NUMBERS = ["waiting", "per_row", "stride", "n", "most"]
-POINTERS = ["scores", "ties", "queue", "mask", "exact_prices", "objective", "excess", "status", "duals"]
+POINTERS = ["scores", "ties", "queue", "mask", "exact_prices", "objective", "statistics", "duals"]
 FIRST_NUMBERS = NUMBERS[:-1]
 FIRST_POINTERS = ["scores", "ties", "queue", "mask", "prices", "exact_prices"]
 
@@ -95,8 +99,7 @@ def settle(
     mask,
     exact_prices,
     objective,
-    excess,
-    status,
+    statistics,
     duals,
     waiting,
     per_row,
@@ -113,8 +116,8 @@ def settle(
 ):
     """Balance the columns of what `arrange` has left, and certify it.
 
-    objective and excess float64 [waiting]; status int32 [waiting] becomes 1 where paths were needed, -1 where `most`
-    sweeps were not enough.
+    objective float64 [blocks]; statistics float64 [waiting, STATISTICS]: REPAIRED where paths were needed, FAILED where
+    `most` sweeps were not enough.
     """
     SIDE: tl.constexpr = RI * RO
     row, column, place = rows_of(L, RI, RO, CO), columns_of(L, CI, CO), blocks_of(L, RO, CO)
@@ -141,10 +144,14 @@ def settle(
     better = noticed & (tied == 0)
     v = tl.where(better, free_v, v)
     u = tl.where(better, row_max(z - v, RO, CO) - APART, u)
-    tl.store(objective + place, total, mask=real)
-    tl.store(excess + place, tl.where(better, 0.0, surplus), mask=real)
+    surplus = tl.where(better, 0.0, surplus)
     failed = wrong_counts(kept, row, column, n, M, RO, CO) > 0
-    tl.store(status + place, tl.where(failed, -1, repaired.to(tl.int32)), mask=real)
+    here = statistics + place * STATISTICS
+    tl.store(objective + block, total, mask=real)
+    tl.store(here + EXCESS, surplus, mask=real)
+    tl.store(here + GAP, surplus / tl.where(surplus > 0.0, total + surplus, 1.0), mask=real)
+    tl.store(here + REPAIRED, repaired.to(tl.float64), mask=real)
+    tl.store(here + FAILED, failed.to(tl.float64), mask=real)
     if DUALS:
         of_rows = tl.max_contiguous(block * (2 * M) + row, (L, 1, 1))
         of_columns = tl.max_contiguous(block * (2 * M) + M + column, (L, 1, 1))

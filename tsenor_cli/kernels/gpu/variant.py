@@ -35,24 +35,22 @@ class Tiling(NamedTuple):
     """How a block lies over lanes, see tile.py."""
 
     side: int  # the least power of two ≥ m
-    inner: int  # RI = CI
-    outer: int  # RO = CO
-    lanes: int  # L
+    constants: dict[str, int]  # RI, CI, RO, CO and L of tile.py
     warps: int
 
     @property
     def blocks(self) -> int:
         """The number of blocks of one program."""
-        return self.lanes // self.outer**2
+        return self.constants["L"] // (self.constants["RO"] * self.constants["CO"])
 
 
-def tiling(m: int, warp_size: int = 32) -> Tiling:
-    """The fastest tiling that needs no local memory: at most 8×8 entries in a lane, as few lanes as may be."""
+def tiling(m: int, warp_size: int, high: int, wide: int) -> Tiling:
+    """At most high×wide entries of a block in a lane, and whole warps."""
     side = 1 << (m - 1).bit_length()
-    inner = min(side, 8)
-    outer = side // inner
-    lanes = max(warp_size, outer * outer)
-    return Tiling(side, inner, outer, lanes, lanes // warp_size)
+    high, wide = min(side, high), min(side, wide)
+    lanes = max(warp_size, side * side // (high * wide))
+    pieces = {"RI": high, "CI": wide, "RO": side // high, "CO": side // wide}
+    return Tiling(side, pieces | {"L": lanes}, lanes // warp_size)
 
 
 def warp_size(tensor: Any) -> int:  # noqa: ANN401 a tensor, but this module knows no torch
