@@ -28,8 +28,8 @@ def run_identity(
 ) -> Identity:
     """The identity of a run.
 
-    Files of the model are known by size and time of change, as make and git know them: reading all of a large
-    checkpoint would take as long as pruning it.
+    Files of the model are known by size and time of change, or by the hub's hashes (Checkpoint.stamps): reading all of
+    a large checkpoint would take as long as pruning it.
     """
     found = {"tsenor": __version__, **versions(), "the device": device}
     found["--nm"] = f"{spec.pattern} {spec.pattern.kind}" if spec.pattern is not None else "left to the recipe"
@@ -38,14 +38,8 @@ def run_identity(
         found["the number of threads"] = str(torch.get_num_threads())
         found["what bfloat16 layers run in"] = str(computed_in(torch.bfloat16, CPU))
     found |= {"the calibration text": _text(tokens), "the text of --eval": _text(eval_tokens)}
-    checkpoint = plan.checkpoint
-    for path in [
-        *(shard.path.relative_to(checkpoint.directory) for shard in checkpoint.shards),
-        *checkpoint.other_files,
-    ]:
-        facts = (checkpoint.directory / path).stat()
-        found[f"{path} in the model"] = f"{facts.st_size} bytes of time {facts.st_mtime_ns}"
-    return found
+    found["the commit of the model"] = plan.checkpoint.revision or "none"
+    return found | {f"{file} in the model": stamp for file, stamp in plan.checkpoint.stamps.items()}
 
 
 def _option(field: str) -> str:

@@ -21,6 +21,7 @@ from tsenor_cli.checkpoint.journal import Identity, Journal
 from tsenor_cli.checkpoint.parts import bring_together, find_parts, part_directory
 from tsenor_cli.checkpoint.plan import Plan, enforce, make_plan
 from tsenor_cli.checkpoint.reader import Checkpoint, open_checkpoint
+from tsenor_cli.checkpoint.remote import fetched, open_remote
 from tsenor_cli.checkpoint.source import resolve_checkpoint
 from tsenor_cli.checkpoint.staging import (
     Staged,
@@ -51,7 +52,7 @@ from tsenor_cli.report.costs import Costs
 from tsenor_cli.report.merge import merge_reports
 from tsenor_cli.report.read import read_report
 from tsenor_cli.report.records import Report, TensorRecord
-from tsenor_cli.report.sample import take_samples
+from tsenor_cli.report.sample import sampled_bytes, take_samples
 from tsenor_cli.specs import CALIBRATED, METHODS, UPDATING, Cluster, NMPattern, PruneSpec
 from tsenor_cli.streaming import Streaming, leave_nonfinite
 
@@ -64,7 +65,7 @@ def plan_prune(spec: PruneSpec) -> Plan:
     """Decide what would be done to every tensor, from headers alone; nothing is written."""
     _check_methods(spec)
     _solvers(spec)
-    return _plan(open_checkpoint(*resolve_checkpoint(spec.model)), spec)
+    return _plan(_open(spec), spec)
 
 
 @dataclass(frozen=True)
@@ -122,7 +123,7 @@ def prune(spec: PruneSpec, observer: Observer | None = None, team: Team | None =
     observer = team.observer(observer or Observer())
     if team.restarted and spec.resume is None:
         spec = replace(spec, resume=True)
-    job = team.first(lambda: _prepare(spec))
+    job = team.first(lambda: _prepare(spec, team.size))
     if isinstance(job, Report):
         return job
     observer.planned(job.plan)
@@ -158,17 +159,20 @@ def prune(spec: PruneSpec, observer: Observer | None = None, team: Team | None =
         return team.first(lambda: _finish(job, staged, shards, records, costs, perplexity))
 
 
-def _prepare(spec: PruneSpec) -> _Job | Report:
+def _prepare(spec: PruneSpec, processes: int) -> _Job | Report:
     """Everything that can be refused before a byte is written; the report, if all has been done already."""
     output = _absolute(spec.output)
     if spec.part is not None:
         output = part_directory(output, spec.part)
     _check_methods(spec)
+    if spec.stream_input and processes > 1:
+        raise UsageError(
+            "--no-cache-input is for one process", "make parts with --shard instead of torchrun", code="cannot-stream"
+        )
     device = find_device(spec.device)
     _solvers(spec)
-    directory, revision = resolve_checkpoint(spec.model)
-    check_output(output, directory, overwrite=spec.overwrite or spec.resume is True)
-    checkpoint = open_checkpoint(directory, revision)
+    checkpoint = _open(spec)
+    check_output(output, checkpoint.directory, overwrite=spec.overwrite or spec.resume is True)
     plan = _plan(checkpoint, spec)
     if spec.allow_nonfinite:
         plan = leave_nonfinite(plan)
@@ -177,11 +181,16 @@ def _prepare(spec: PruneSpec) -> _Job | Report:
     identity = run_identity(spec, plan, device_name(device), tokens, eval_tokens)
     if spec.resume and already_finished(output, identity):
         return read_report(output)
-    check_output(output, directory, overwrite=spec.overwrite)
+    check_output(output, checkpoint.directory, overwrite=spec.overwrite)
     if spec.part is not None:
         plan = plan.restricted_to(share_shards(plan, [1.0] * spec.part.count)[spec.part.number - 1])
-    check_space(output, plan.checkpoint.nbytes)
+    check_space(output, plan.checkpoint.nbytes, plan.checkpoint.fetched_bytes)
     return _Job(spec, output, checkpoint, plan, tokens, eval_tokens, identity)
+
+
+def _open(spec: PruneSpec) -> Checkpoint:
+    """The input, its headers checked."""
+    return open_remote(spec.model) if spec.stream_input else open_checkpoint(*resolve_checkpoint(spec.model))
 
 
 @contextmanager
@@ -189,6 +198,7 @@ def _staged(job: _Job, team: Team) -> Iterator[Staged]:
     """The place where the output is made, which the first process keeps for all."""
     with ExitStack() as stack:
         spec = job.spec
+        stack.callback(job.checkpoint.close)
         make = partial(staged_output, job.output, job.identity, overwrite=spec.overwrite, resume=spec.resume)
         staged = team.first(lambda: stack.enter_context(make()))
         yield staged if team.rank == 0 else stack.enter_context(joined_output(job.output, staged, team.rank))
@@ -370,7 +380,9 @@ def _written(
             done.add(record.name)
     left = (item for item in plan.tensors if writers[item.tensor.name] == team.rank and item.tensor.name not in done)
     forgetful = job.checkpoint.outgrows_cache
-    yield from Streaming(pruners, solvers, job.device, shards, observer, forgetful=forgetful).run(left)
+    streaming = Streaming(pruners, solvers, job.device, shards, observer, forgetful=forgetful)
+    for group in fetched(plan.checkpoint, left, staged.scratch, sampled_bytes(plan.pruned)):
+        yield from streaming.run(group)
 
 
 def _noted_perplexity(job: _Job, staged: Staged, observer: Observer, team: Team) -> dict[str, Any] | None:
@@ -471,6 +483,12 @@ def _check_methods(spec: PruneSpec) -> None:
         raise UsageError(
             "--shard makes a part that knows nothing of the others, and layers that run need all",
             "use torchrun for calibrated methods and --eval",
+        )
+    if spec.stream_input and (spec.methods & CALIBRATED or spec.eval_text is not None or spec.allow_nonfinite):
+        raise UsageError(
+            "--no-cache-input reads shards once; calibrated methods, --eval and --allow-nonfinite do so more often",
+            "leave it out",
+            code="cannot-stream",
         )
     if unknown := spec.methods - set(METHODS):
         raise UsageError(f"unknown method {min(unknown)!r}", f"known: {', '.join(METHODS)}")

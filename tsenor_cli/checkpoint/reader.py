@@ -14,20 +14,20 @@ import sys
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
-from fnmatch import fnmatchcase
 from functools import cached_property
 from math import prod
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
 from tsenor_cli.checkpoint.jsonfile import MAX_JSON_BYTES, parse_object, read_object
-from tsenor_cli.checkpoint.source import OTHER_WEIGHT_FORMATS
+from tsenor_cli.checkpoint.source import is_other_format
 from tsenor_cli.errors import InputRefused
 
 if TYPE_CHECKING:
     import torch
 
 SINGLE_FILE, INDEX_FILE = "model.safetensors", "model.safetensors.index.json"
+NEVER_COPIED = frozenset({".git", ".cache"})  # directories of tools
 COPY_BYTES = 4 * 2**20
 
 # Bits per element. Only the first four can be pruned; the rest are copied, or mark a quantised checkpoint.
@@ -130,6 +130,11 @@ class Shard:
     metadata: dict[str, str]
     tensors: tuple[DiskTensor, ...]
 
+    @property
+    def nbytes(self) -> int:
+        """Of the file, which its header accounts for."""
+        return 8 + len(self.header) + sum(tensor.nbytes for tensor in self.tensors)
+
 
 @dataclass(frozen=True)
 class Checkpoint:
@@ -146,7 +151,24 @@ class Checkpoint:
 
     @property
     def nbytes(self) -> int:
-        return sum(shard.path.stat().st_size for shard in self.shards)
+        return sum(shard.nbytes for shard in self.shards)
+
+    def close(self) -> None:
+        """Remove what opening it has put on the disk, which is nothing."""
+
+    @property
+    def fetched_bytes(self) -> int:
+        """What of it takes space beside the output during a run: nothing, it is here already."""
+        return 0
+
+    @property
+    def stamps(self) -> dict[str, str]:
+        """What tells versions of a file apart: size and time of change, by which make and git know them."""
+        found = {}
+        for path in [*(shard.path.relative_to(self.directory) for shard in self.shards), *self.other_files]:
+            facts = (self.directory / path).stat()
+            found[str(path)] = f"{facts.st_size} bytes of time {facts.st_mtime_ns}"
+        return found
 
     @cached_property
     def outgrows_cache(self) -> bool:
@@ -156,12 +178,12 @@ class Checkpoint:
     @cached_property
     def other_files(self) -> tuple[Path, ...]:
         """Every file but the shards and dense copies in other formats, relative to the directory."""
-        return tuple(path for path in self._rest if not _is_other_format(path))
+        return tuple(path for path in self._rest if not is_other_format(path.as_posix()))
 
     @cached_property
     def left_out_files(self) -> tuple[Path, ...]:
         """Dense copies of the weights in other formats, relative to the directory."""
-        return tuple(path for path in self._rest if _is_other_format(path))
+        return tuple(path for path in self._rest if is_other_format(path.as_posix()))
 
     @cached_property
     def _rest(self) -> tuple[Path, ...]:
@@ -169,7 +191,7 @@ class Checkpoint:
         found = []
         for path in sorted(self.directory.rglob("*")):
             relative = path.relative_to(self.directory)
-            if relative.parts[0] in {".git", ".cache"} or str(relative) in shards or path.is_dir():
+            if relative.parts[0] in NEVER_COPIED or str(relative) in shards or path.is_dir():
                 continue
             check_contained(path, self.directory)
             if not path.is_file():
@@ -278,7 +300,7 @@ def _shard_paths(directory: Path) -> list[Path]:
     if single.is_file():
         names = [SINGLE_FILE]
     elif index.is_file():
-        names = sorted(set(_weight_map(directory).values()))
+        names = sorted(set(weight_map(directory).values()))
     else:
         pickles = sorted(
             path.name for pattern in ("*.bin", "*.pt", "*.pth", "*.ckpt") for path in directory.glob(pattern)
@@ -297,7 +319,7 @@ def _shard_paths(directory: Path) -> list[Path]:
     return paths
 
 
-def _weight_map(directory: Path) -> dict[str, str]:
+def weight_map(directory: Path) -> dict[str, str]:
     """The index's tensor → file map, every file a plain name inside the directory."""
     path = directory / INDEX_FILE
     check_contained(path, directory)
@@ -326,7 +348,7 @@ def _check_index(checkpoint: Checkpoint) -> None:
         )
     if not (checkpoint.directory / INDEX_FILE).is_file():
         return
-    for name, file in _weight_map(checkpoint.directory).items():
+    for name, file in weight_map(checkpoint.directory).items():
         tensor = checkpoint.tensors.get(name)
         if tensor is None or tensor.path.name != file:
             raise InputRefused(
@@ -374,10 +396,6 @@ def _is_text(value: object) -> bool:
 
 def _position(tensor: DiskTensor) -> tuple[int, int]:
     return tensor.start, tensor.stop
-
-
-def _is_other_format(path: Path) -> bool:
-    return any(fnmatchcase(path.as_posix(), pattern) for pattern in OTHER_WEIGHT_FORMATS)  # as the hub filters
 
 
 def forget(file: IO[bytes], start: int, nbytes: int) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+from fnmatch import fnmatchcase
 from pathlib import Path
 
 from tsenor_cli.errors import InputRefused
@@ -42,6 +43,16 @@ def resolve_checkpoint(model: str) -> tuple[Path, str | None]:
         return path, _cached_revision(path)
     if model and path.exists():
         raise InputRefused(f"{model} is a file", "give the checkpoint's directory", code="no-checkpoint")
+    local = _download(*hub_id(model))
+    return local, _cached_revision(local)
+
+
+def hub_id(model: str) -> tuple[str, str | None]:
+    """The repository and the revision of a hub id, org/name[@revision].
+
+    Raises:
+        InputRefused: it is none.
+    """
     match = _HUB_ID.fullmatch(model)
     if match is None or model.startswith(("./", "../", "/", "~")):
         raise InputRefused(
@@ -49,8 +60,17 @@ def resolve_checkpoint(model: str) -> tuple[Path, str | None]:
             "give a local checkpoint or a hub id, org/name[@revision]",
             code="no-checkpoint",
         )
-    local = _download(match["repo"], match["revision"])
-    return local, _cached_revision(local)
+    return match["repo"], match["revision"]
+
+
+def is_offline() -> bool:
+    """Whether the environment forbids to ask the hub."""
+    return any(os.environ.get(name, "").upper() in {"1", "TRUE", "YES", "ON"} for name in _OFFLINE)
+
+
+def is_other_format(file: str) -> bool:
+    """Whether a file, by its path in a checkpoint, is a dense copy of the weights in another format."""
+    return any(fnmatchcase(file, pattern) for pattern in OTHER_WEIGHT_FORMATS)  # as the hub filters
 
 
 def _download(repo: str, revision: str | None) -> Path:
@@ -60,7 +80,7 @@ def _download(repo: str, revision: str | None) -> Path:
 
     if not os.isatty(2):
         disable_progress_bars()
-    offline = any(os.environ.get(name, "").upper() in {"1", "TRUE", "YES", "ON"} for name in _OFFLINE)
+    offline = is_offline()
     try:
         found = snapshot_download(
             repo, revision=revision, ignore_patterns=list(OTHER_WEIGHT_FORMATS), local_files_only=offline

@@ -63,14 +63,18 @@ def check_output(output: Path, source: Path, *, overwrite: bool) -> None:
         )
 
 
-def check_space(output: Path, needed_bytes: int) -> None:
-    """Refuse to start when the new checkpoint cannot fit beside what is there; an unfinished one counts as its part."""
+def check_space(output: Path, output_bytes: int, input_bytes: int = 0) -> None:
+    """Refuse to start when the new checkpoint cannot fit beside what is there; an unfinished one counts as its part.
+
+    `input_bytes` of the input lie there, too, at a time.
+    """
     place = next(parent for parent in output.absolute().parents if parent.exists())
     free = shutil.disk_usage(place).free
-    needed_bytes -= sum(_bytes_on_disk(path) for path in _partial(output).rglob("*") if path.is_file())
-    if free < needed_bytes:
+    there = sum(_bytes_on_disk(path) for path in _partial(output).rglob("*") if path.is_file())
+    if free < output_bytes + input_bytes - there:
+        beside = f", and {input_bytes / 1e9:.2f} GB two shards of the input at a time" if input_bytes else ""
         raise TsenorError(
-            f"{place} has {free / 1e9:.2f} GB free and the output needs {needed_bytes / 1e9:.2f} GB",
+            f"{place} has {free / 1e9:.2f} GB free and the output needs {(output_bytes - there) / 1e9:.2f} GB{beside}",
             "free some space, or write elsewhere with -o",
             code="disk-full",
         )

@@ -71,7 +71,7 @@ def stdout_reserved() -> Iterator[None]:
 
 
 def quiet_libraries(*, verbose: bool) -> None:
-    """Keep transformers' advice and Python's warnings for -v."""
+    """Keep the advice of libraries and Python's warnings for -v."""
     if verbose:
         return
     import logging
@@ -79,7 +79,8 @@ def quiet_libraries(*, verbose: bool) -> None:
 
     warnings.simplefilter("ignore")
     logging.getLogger("matplotlib").setLevel(logging.ERROR)  # it would tell where it keeps its list of fonts
-    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # read when transformers is first imported
+    for library in ("TRANSFORMERS", "HF_HUB"):  # read when it is first imported
+        os.environ.setdefault(f"{library}_VERBOSITY", "error")
 
 
 def emit(result: dict[str, Any] | str) -> None:

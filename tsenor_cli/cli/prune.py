@@ -153,6 +153,13 @@ if TYPE_CHECKING:
     help="Make part I of N only, some whole shards, in OUTPUT.part-I-of-N: for jobs that know nothing of each other. "
     "tsenor merge puts the parts together.",
 )
+@click.option(
+    "--no-cache-input",
+    "stream_input",
+    is_flag=True,
+    help="Fetch a hub checkpoint shard by shard and keep none of it: two shards of it take space at a time, beside the "
+    "output. For magnitude, without --eval.",
+)
 @fail_if_option
 @device_option
 @click.option(

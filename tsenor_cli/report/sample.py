@@ -29,13 +29,21 @@ def take_samples(
     return _tile(pruned[0], output(pruned[0].tensor)), _histogram(pruned, output)
 
 
+def sampled_bytes(pruned: Sequence[TensorPlan]) -> dict[str, int]:
+    """How many of the first bytes of which tensors of the input `take_samples` reads, by their names."""
+    found = {item.tensor.name: _WEIGHTS * item.tensor.nbytes // item.tensor.parameters for item in _chosen(pruned)}
+    for item in pruned[:1]:
+        corner = item.tensor.nbytes // item.tensor.shape[0] * _corner_rows(item)
+        found[item.tensor.name] = max(found[item.tensor.name], corner)
+    return found
+
+
 def _tile(item: TensorPlan, output: DiskTensor) -> Tile:
     """The first rows and columns of the first matrix of a pruned tensor, whole tiles of its pattern."""
     assert item.layout is not None
     assert item.choice is not None
-    pattern = item.choice.pattern
-    side = pattern.m * -(-_SIDE // pattern.m)
-    before, after = (_corner(tensor, item.layout, side) for tensor in (item.tensor, output))
+    pattern, side, rows = item.choice.pattern, _side(item), _corner_rows(item)
+    before, after = (_corner(tensor, item.layout, side, rows) for tensor in (item.tensor, output))
     return Tile(
         tensor=item.tensor.name,
         pattern=str(pattern),
@@ -47,7 +55,7 @@ def _tile(item: TensorPlan, output: DiskTensor) -> Tile:
 
 def _histogram(items: Sequence[TensorPlan], output: Callable[[DiskTensor], DiskTensor]) -> Histogram:
     """Of the first weights of pruned tensors, of evenly chosen ones if there are many."""
-    chosen = items[:: -(-len(items) // _TENSORS)]
+    chosen = _chosen(items)
     before, after = torch.zeros(_BINS), torch.zeros(_BINS)
     weights = 0
     for item in chosen:
@@ -59,9 +67,23 @@ def _histogram(items: Sequence[TensorPlan], output: Callable[[DiskTensor], DiskT
     return Histogram(len(chosen), weights, _EDGE, _whole(before), _whole(after))
 
 
-def _corner(tensor: DiskTensor, layout: Layout, side: int) -> torch.Tensor:
+def _chosen(items: Sequence[TensorPlan]) -> Sequence[TensorPlan]:
+    return items[:: max(-(-len(items) // _TENSORS), 1)]
+
+
+def _side(item: TensorPlan) -> int:
+    assert item.choice is not None
+    return item.choice.pattern.m * -(-_SIDE // item.choice.pattern.m)
+
+
+def _corner_rows(item: TensorPlan) -> int:
+    """Of the leading axis, that the corner is in."""
+    assert item.layout is not None
+    return 1 if item.layout.startswith("experts") else _side(item)
+
+
+def _corner(tensor: DiskTensor, layout: Layout, side: int, rows: int) -> torch.Tensor:
     """Float32 [side, side], or less where the tensor is smaller."""
-    rows = 1 if layout.startswith("experts") else side
     matrices = to_matrices(tensor.read(0, rows), layout)
     return matrices.reshape(-1, *matrices.shape[-2:])[0, :side, :side].float()
 
