@@ -18,6 +18,7 @@ from itertools import chain, pairwise
 from pathlib import Path
 
 import pytest
+import torch
 from checkpoints import make_checkpoint, read_shards, write_checkpoint
 from crash.harness import content
 from hub import COMMIT, Hub
@@ -279,6 +280,32 @@ def test_a_full_disk_is_called_that(spec, monkeypatch):
     assert failed.value.code == "disk-full"
 
 
+def test_what_ends_a_run_does_not_wait_for_a_download(hub, spec, tmp_path):
+    """The first shard has a NaN, and the second one does not come; when it does, it is too late."""
+    hub.directory = shutil.copytree(hub.directory, tmp_path / "changed")
+    shards = read_shards(hub.directory)
+    victim = next(name for name in shards[SHARDS[0]] if "proj" in name)
+    shards[SHARDS[0]][victim][0, 0] = torch.nan
+    write_checkpoint(hub.directory, shards, json.loads((hub.directory / "config.json").read_text()))
+    released = threading.Event()
+    hub.before_piece = lambda file, sent: released.wait(60) if file == SHARDS[1] and sent else None
+    started = time.monotonic()
+    with pytest.raises(InputRefused, match=victim):
+        prune(spec)
+    assert time.monotonic() - started < 20
+    released.set()
+    for thread in threading.enumerate():
+        if thread.name == f"fetching {SHARDS[1]}":
+            thread.join(20)
+    assert nothing_is_left(spec, tmp_path)
+
+
+def test_an_ordinary_download_that_fails_is_refused_in_a_line(hub, spec):
+    hub.cut[SHARDS[1]] = 2**12
+    with pytest.raises(InputRefused, match="the hub has no usable org/tiny"):
+        prune(replace(spec, stream_input=False))
+
+
 @pytest.mark.parametrize("damage", ["no header", "a header that ends nowhere", "a hole", "cut short", "empty"])
 def test_wrong_headers_are_refused_as_those_of_local_files(hub, spec, tmp_path, damage):
     raw = (hub.directory / SHARDS[2]).read_bytes()
@@ -381,7 +408,9 @@ def test_other_content_is_another_run_even_under_the_same_commit(hub, spec, tmp_
         prune(replace(spec, resume=True))
 
 
-@pytest.mark.parametrize("name", ["../outside", "a/../../outside", "/outside", "C:\\outside", "a\\..\\..\\outside", ""])
+@pytest.mark.parametrize(
+    "name", ["../outside", "a/../../outside", "/outside", "C:\\outside", "a//b", "./a", "a\\..\\..\\outside", ""]
+)
 def test_names_that_lead_elsewhere_are_refused_before_anything_is_fetched(hub, spec, tmp_path, name):
     hub.names = [name]
     before = sorted(tmp_path.rglob("*"))

@@ -6,7 +6,7 @@ import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path, PureWindowsPath
+from pathlib import Path, PurePosixPath, PureWindowsPath
 from threading import Event
 from typing import Any, Self
 
@@ -67,7 +67,7 @@ class Repository:
             if _is_of_the_system(error):
                 raise
             raise TsenorError(
-                f"{file} of {self.name} cannot be fetched ({_reason(error)})",
+                f"{file} of {self.name} cannot be fetched ({reason(error)})",
                 "see that the hub can be reached and still has it",
                 code="fetch-failed",
             ) from error
@@ -132,6 +132,11 @@ def failures() -> tuple[type[Exception], ...]:
     return (*HfHubHTTPError.__bases__, ValueError, RuntimeError)
 
 
+def reason(error: Exception) -> str:
+    """What one of these says, in one line."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
 @contextmanager
 def _refusing(name: str) -> Iterator[None]:
     try:
@@ -140,7 +145,7 @@ def _refusing(name: str) -> Iterator[None]:
         if _is_of_the_system(error):
             raise
         raise InputRefused(
-            f"the hub has no usable {name} ({_reason(error)})",
+            f"the hub has no usable {name} ({reason(error)})",
             "check the name, the revision, HF_TOKEN and the network",
             code="no-checkpoint",
         ) from error
@@ -151,14 +156,11 @@ def _is_of_the_system(error: Exception) -> bool:
     return isinstance(error, OSError) and error.errno is not None
 
 
-def _reason(error: Exception) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
-
-
 def _refuse_unsafe(repository: str, file: str) -> None:
-    """Names on the hub are names of paths here: none may lead out of the directory, on any system."""
+    """Names become paths here: none may lead out of the directory, on any system, or be spelt in two ways."""
     path = PureWindowsPath(file)  # takes both kinds of slashes
-    if not path.parts or path.drive or path.root or ".." in path.parts or "\0" in file:
+    odd = "\0" in file or PurePosixPath(file).as_posix() != file
+    if odd or not path.parts or path.drive or path.root or ".." in path.parts:
         raise InputRefused(
             f"{repository} has a file named {file!r}", "do not trust this checkpoint", code="unsafe-file"
         )

@@ -137,8 +137,7 @@ class _Incoming:
         coming: Future[None] | None = None
         try:
             left = self._begin(of_shard.keys())
-            for shard, following in pairwise([*left, None]):
-                assert shard is not None
+            for shard, following in zip(left, [*left[1:], None], strict=False):
                 (coming or self._fetching(shard)).result()
                 coming = self._fetching(following) if following is not None else None
                 yield of_shard[shard.path]
@@ -172,7 +171,7 @@ class _Incoming:
             else:
                 future.set_result(None)
 
-        Thread(target=work, daemon=True).start()
+        Thread(target=work, name=f"fetching {shard.path.name}", daemon=True).start()
         return future
 
     def _fetch(self, shard: Shard) -> None:

@@ -7,6 +7,7 @@ import re
 from fnmatch import fnmatchcase
 from pathlib import Path
 
+from tsenor_cli.checkpoint.hub import failures, reason
 from tsenor_cli.errors import InputRefused
 
 # Dense copies of the same weights in other formats. A sparse checkpoint must not carry them: some loaders
@@ -75,7 +76,7 @@ def is_other_format(file: str) -> bool:
 
 def _download(repo: str, revision: str | None) -> Path:
     from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+    from huggingface_hub.errors import LocalEntryNotFoundError
     from huggingface_hub.utils.tqdm import disable_progress_bars
 
     if not os.isatty(2):
@@ -90,10 +91,9 @@ def _download(repo: str, revision: str | None) -> Path:
         raise InputRefused(
             f"no local directory {repo}, and as a hub id {why}", "check the name and the network", code="no-checkpoint"
         ) from error
-    except (HfHubHTTPError, HFValidationError, OSError) as error:
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+    except failures() as error:
         raise InputRefused(
-            f"the hub has no usable {repo} ({reason})",
+            f"the hub has no usable {repo} ({reason(error)})",
             "check the name, the revision and HF_TOKEN",
             code="no-checkpoint",
         ) from error
