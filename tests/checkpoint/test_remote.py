@@ -23,7 +23,7 @@ from checkpoints import make_checkpoint, read_shards, write_checkpoint
 from crash.harness import content
 from hub import COMMIT, Hub
 
-from tsenor_cli.checkpoint.hub import Repository
+from tsenor_cli.checkpoint.hub import Repository, _StoppedError, find_repository
 from tsenor_cli.checkpoint.reader import DiskTensor
 from tsenor_cli.checkpoint.remote import open_remote
 from tsenor_cli.distributed import Team
@@ -298,6 +298,15 @@ def test_what_ends_a_run_does_not_wait_for_a_download(hub, spec, tmp_path):
         if thread.name == f"fetching {SHARDS[1]}":
             thread.join(20)
     assert nothing_is_left(spec, tmp_path)
+
+
+@pytest.mark.usefixtures("hub")
+def test_a_download_that_nobody_waits_for_is_given_up(tmp_path):
+    stopped = threading.Event()
+    stopped.set()
+    with pytest.raises(_StoppedError):
+        find_repository("org/tiny", None).fetch_shard(SHARDS[0], tmp_path / "there", stopped)
+    assert not list((tmp_path / "there").glob("*.safetensors"))
 
 
 def test_an_ordinary_download_that_fails_is_refused_in_a_line(hub, spec):

@@ -40,7 +40,7 @@ from tsenor_cli.errors import InputRefused, TsenorError, UsageError
 from tsenor_cli.overlap import ahead
 
 _AT_ONCE = 8  # small files, as huggingface_hub fetches them
-_PATIENCE_S = 1.0  # with a download that was told to stop; cli/signals.py has little more
+_PATIENCE_S = 0.5  # with a download that was told to stop: nobody waits two seconds for the end (cli/signals.py)
 
 
 class _Directory:
