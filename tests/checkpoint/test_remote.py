@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+import pickle
 import re
 import shutil
 import signal
@@ -364,6 +365,7 @@ def test_of_a_shard_nothing_but_its_header_is_fetched_for_a_plan(hub, spec, tmp_
     assert not set(hub.fetched()) & set(SHARDS)
     with pytest.raises(FileNotFoundError):
         plan.tensors[0].tensor.read()  # a hole would read as zeros
+    pickle.loads(pickle.dumps(plan))  # as processes of a team do
     del plan
     assert not list((tmp_path / "temporary").iterdir())
 

@@ -72,9 +72,10 @@ def check_space(output: Path, output_bytes: int, input_bytes: int = 0) -> None:
     free = shutil.disk_usage(place).free
     there = sum(_bytes_on_disk(path) for path in _partial(output).rglob("*") if path.is_file())
     if free < output_bytes + input_bytes - there:
+        needed = max(output_bytes - there, 0)
         beside = f", and {input_bytes / 1e9:.2f} GB two shards of the input at a time" if input_bytes else ""
         raise TsenorError(
-            f"{place} has {free / 1e9:.2f} GB free and the output needs {(output_bytes - there) / 1e9:.2f} GB{beside}",
+            f"{place} has {free / 1e9:.2f} GB free and the output needs {needed / 1e9:.2f} GB{beside}",
             "free some space, or write elsewhere with -o",
             code="disk-full",
         )
