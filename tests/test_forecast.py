@@ -61,7 +61,7 @@ def test_a_pattern_that_is_not_known_is_taken_for_a_larger_one(m, rate):
 
 def test_every_card_that_can_be_named_has_rates_and_says_that_they_are_predicted():
     assert tuple(PLANNED) == GPU_TYPES
-    assert all("never measured" in found.where and not found.measured for found in PLANNED.values())
+    assert all("predicted" in found.where and not found.measured for found in PLANNED.values())
 
 
 def test_this_machine_is_measured_and_nothing_stays(llama, tmp_path):
@@ -93,7 +93,7 @@ def test_the_command(tsenor, llama):
     assert "measured on this machine" in facts["rates"]
     done = tsenor("prune", llama, "--nm", "2:4", "--dry-run", "--plan", "gpus=8,type=h200,nodes=2")
     assert "16 processes on 2 machines" in done.out.splitlines()[-1]
-    assert "never measured on a card" in done.out.splitlines()[-1]
+    assert "predicted for an H200" in done.out.splitlines()[-1]
 
 
 @pytest.mark.parametrize(
