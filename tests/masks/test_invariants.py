@@ -4,10 +4,25 @@ import numpy as np
 import pytest
 import torch
 
+from tsenor_cli.masks import invariants
 from tsenor_cli.masks.invariants import violation
 from tsenor_cli.specs import NMPattern
 
 SIZES = [(1, 2), (2, 4), (3, 5), (3, 6), (4, 8), (5, 12), (8, 16), (16, 32), (32, 64), (63, 64), (7, 17), (40, 48)]
+
+
+@pytest.fixture(params=["compiled", "words"], autouse=True)
+def count(request, monkeypatch):
+    """Each test with what counts on a CPU, and with what counts on a GPU, which the slow count then confirms."""
+
+    def by_words(mask, n, m, high):
+        mask, pattern = torch.from_numpy(mask), NMPattern(n, m, high > 1)
+        right = invariants._words_are_right(mask, pattern)
+        assert m % 4 or right == (invariants._first_violation(mask, pattern) is None)
+        return right
+
+    if request.param == "words":
+        monkeypatch.setattr("tsenor_cli.kernels.census.stripes_are_right", by_words)
 
 
 def circulant(n, m, tiles_high, tiles_wide):
