@@ -20,7 +20,7 @@ import sys
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeAlias
 
 ROOT = Path(__file__).parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "scripts")]
@@ -41,6 +41,7 @@ TARGETS = {
 }
 MAIN, DTYPE = "sm_90", "bf16"
 PATTERNS = ((1, 2), (2, 4), (3, 5), (4, 8), (6, 12), (8, 16), (12, 24), (16, 32), (24, 48), (32, 64))
+CHECKED = ((2, 4), (3, 5), (4, 8), (8, 16), (16, 32), (32, 64))  # every form that a tile can take
 OTHERS = ((2, 4), (8, 16))  # for the other targets
 GROWTH = 1.10  # of a loop, before the check fails
 INNER_SPILLS, LOOP_SPILLS, KERNEL_SPILLS = (
@@ -49,6 +50,9 @@ INNER_SPILLS, LOOP_SPILLS, KERNEL_SPILLS = (
     1200,
 )  # loads and stores: once they cost little, in an inner loop much
 SCORES, CLOCK_HZ, SCHEDULERS, BYTES_PER_S = 8192**2, 1.9e9, 132 * 4, 4.3e12
+
+
+Patterns: TypeAlias = tuple[tuple[int, int], ...]
 
 
 class Compiled(NamedTuple):
@@ -75,7 +79,8 @@ def main() -> int:
     options = parser.parse_args()
     if options.trips:
         return count_trips()
-    found = list(compile_all(options.kernel, OTHERS[:1] if options.check else OTHERS))
+    patterns, others = (CHECKED, OTHERS[:1]) if options.check else (PATTERNS, OTHERS)
+    found = list(compile_all(options.kernel, patterns, others))
     if options.record:
         recorded = read(options.counts)
         recorded[version()] = recorded.get(version(), {}) | {
@@ -101,14 +106,14 @@ def version() -> str:
     return ".".join(triton.__version__.split(".")[:2])
 
 
-def compile_all(only: list[str] | None, others: tuple[tuple[int, int], ...]) -> Iterator[Compiled]:
+def compile_all(only: list[str] | None, patterns: Patterns, others: Patterns) -> Iterator[Compiled]:
     """Every kernel for the main target, and those of a few patterns for the others."""
     for module in MODULES:
         if not (ROOT / f"tsenor_cli/kernels/gpu/{module}.py").exists():
             continue
         variants = importlib.import_module(f"tsenor_cli.kernels.gpu.{module}").variants
         for name, target in TARGETS.items():
-            for n, m in PATTERNS if name == MAIN else others:
+            for n, m in patterns if name == MAIN else others:
                 for variant in variants(m, n, DTYPE, target.warp_size):
                     if not only or variant.name in only:
                         yield compiled(variant, n, m, name)

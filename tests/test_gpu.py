@@ -73,7 +73,7 @@ def test_little_memory_means_smaller_bands(monkeypatch):
     whole = solve_mask(scores, "8:16", device="cuda")
     torch.cuda.empty_cache()
     total = torch.cuda.get_device_properties(0).total_memory
-    monkeypatch.setattr("tsenor_cli.masks.on_gpu._free_bytes", lambda _: 1 << 40)  # it believes to have more
+    monkeypatch.setattr("tsenor_cli.masks.on_gpu._free_bytes", lambda *_: 1 << 40)  # it believes to have more
     torch.cuda.set_per_process_memory_fraction(100 * 2**20 / total)
     try:
         cut = solve_mask(scores, "8:16", device="cuda")

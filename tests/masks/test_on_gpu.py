@@ -39,7 +39,7 @@ def gpu(monkeypatch):
         return run
 
     monkeypatch.setattr(on_gpu, "_kernel", kernel)
-    monkeypatch.setattr(on_gpu, "_free_bytes", lambda _: ROOM)
+    monkeypatch.setattr(on_gpu, "_free_bytes", lambda *_: ROOM)
     monkeypatch.setattr(on_cpu, "solve_bands", lambda *given: on_gpu.solve_bands(*given, CPU))
     return seen, limit
 

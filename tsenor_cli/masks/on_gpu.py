@@ -70,9 +70,8 @@ def _solve(
     device: torch.device,
 ) -> tuple[torch.Tensor, list[Tally]]:
     """The mask and the certificates, in bands of a size that fits."""
-    elements = MOST_ELEMENTS
-    if scores.numel() * BYTES_PER_SCORE > torch.cuda.get_device_properties(device).total_memory // SURELY_FREE:
-        elements = max(1, min(MOST_ELEMENTS, _free_bytes(device) // BYTES_PER_SCORE))
+    free = _free_bytes(device, scores.numel() * BYTES_PER_SCORE)
+    elements = max(1, min(MOST_ELEMENTS, free // BYTES_PER_SCORE))
     while True:
         try:
             return _solve_in_bands(scores, kernel, request, warm, duals, device, elements)
@@ -157,7 +156,9 @@ def _module(frame: FrameType) -> str:
     return str(frame.f_globals.get("__name__", ""))
 
 
-def _free_bytes(device: torch.device) -> int:
-    """What nobody holds, and what torch holds and does not use."""
+def _free_bytes(device: torch.device, wanted: int) -> int:
+    """What nobody holds, and what torch holds and does not use; or what is `wanted`, if that is little."""
+    if wanted <= torch.cuda.get_device_properties(device).total_memory // SURELY_FREE:
+        return wanted
     held = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
     return int(torch.cuda.mem_get_info(device)[0]) + held
