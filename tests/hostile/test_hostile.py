@@ -1,4 +1,4 @@
-"""Spoilt checkpoints through the real command line: 8,000 safetensors files, 2,000 configs and indexes.
+"""Spoilt checkpoints through the real command line: 6,000 safetensors files, 1,400 configs and indexes.
 
 In processes of their own, for what is watched (memory, every file that is opened) belongs to a process.
 scripts/campaign_hostile takes more of them.
@@ -17,7 +17,7 @@ from hostile.mutants import MUTANTS
 
 JUDGE = Path(__file__).with_name("judge.py")
 MEMORY = [path for path in ("/dev/shm",) if os.access(path, os.W_OK)]
-CHUNKS = [("safetensors", first, 2000) for first in range(0, 8_000, 2000)] + [("config", 0, 1000), ("index", 0, 1000)]
+CHUNKS = [("safetensors", first, 1500) for first in range(0, 6_000, 1500)] + [("config", 0, 700), ("index", 0, 700)]
 
 
 @pytest.mark.slow
