@@ -176,7 +176,7 @@ def differences(scores: torch.Tensor, ours: torch.Tensor, theirs: torch.Tensor, 
     """How many blocks have different masks, and how many of them keep the same sum in the integers that count."""
     n, m = pattern.n, pattern.m
     if not pattern.transposable:
-        return int((ours != theirs).sum()), 0
+        return int((ours != theirs).view(-1, m).any(1).sum()), 0
     blocks, ours, theirs = (to_blocks(x.double() if x.is_floating_point() else x, m) for x in (scores, ours, theirs))
     differing = (ours != theirs).flatten(1).any(1).nonzero().flatten().tolist()
     as_good = 0

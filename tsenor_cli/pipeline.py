@@ -1,50 +1,47 @@
-"""The map: resolve → open → plan → prune (layer by layer what needs calibration, the rest band by band) → record.
+"""The map: open and plan (job.py) → prune (layer by layer what needs calibration, the rest band by band) → record.
 
-`plan_prune`, `prune`, `verify` and `evaluate` are all that the command line and the library call; every room is reached
-from here.
+What the command line and the library call is here: `plan_prune`, `predict`, `prune`, `merge`, `verify` and `evaluate`;
+every room is reached from here.
 """
 
 from __future__ import annotations
 
-import os
 import shutil
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 
-from tsenor_cli.checkpoint.journal import Identity, Journal
-from tsenor_cli.checkpoint.parts import bring_together, find_parts, part_directory
-from tsenor_cli.checkpoint.plan import Plan, enforce, make_plan
+from tsenor_cli.checkpoint.journal import Journal
+from tsenor_cli.checkpoint.parts import bring_together, find_parts
+from tsenor_cli.checkpoint.plan import Plan
 from tsenor_cli.checkpoint.reader import Checkpoint, open_checkpoint
-from tsenor_cli.checkpoint.remote import fetched, open_remote
+from tsenor_cli.checkpoint.remote import fetched
 from tsenor_cli.checkpoint.source import resolve_checkpoint
-from tsenor_cli.checkpoint.staging import (
-    Staged,
-    already_finished,
-    check_output,
-    check_space,
-    joined_output,
-    staged_output,
-)
+from tsenor_cli.checkpoint.staging import Staged, joined_output, staged_output
 from tsenor_cli.checkpoint.verifier import Verification, verify_checkpoint
 from tsenor_cli.checkpoint.writer import PAGE_FILE, REPORT_FILE, OutputShards, copy_file, write_text
 from tsenor_cli.device import device_name, find_device
 from tsenor_cli.distributed import Team
-from tsenor_cli.distribution import share_out, share_shards
+from tsenor_cli.distribution import share_out
 from tsenor_cli.errors import InputRefused, UsageError
 from tsenor_cli.forecast import PLANNED, Forecast, forecast, planned_like
-from tsenor_cli.identity import run_identity
+from tsenor_cli.job import (
+    Job,
+    absolute,
+    check_methods,
+    open_input,
+    plan_of,
+    prepare,
+    pruners_of,
+    solvers_of,
+    text_tokens,
+)
 from tsenor_cli.observer import Observer
-from tsenor_cli.pruners.alps import Alps
-from tsenor_cli.pruners.base import BoundSolver, Pruner
-from tsenor_cli.pruners.magnitude import Magnitude
-from tsenor_cli.pruners.sparsegpt import SparseGPT
-from tsenor_cli.pruners.wanda import Wanda
 from tsenor_cli.rates import measure_rates
 from tsenor_cli.report.build import build_report
 from tsenor_cli.report.card import CARD_FILE, model_card
@@ -53,8 +50,8 @@ from tsenor_cli.report.merge import merge_reports
 from tsenor_cli.report.read import read_report
 from tsenor_cli.report.records import Report, TensorRecord
 from tsenor_cli.report.sample import sampled_bytes, take_samples
-from tsenor_cli.specs import CALIBRATED, METHODS, UPDATING, Cluster, NMPattern, PruneSpec
-from tsenor_cli.streaming import Streaming, leave_nonfinite
+from tsenor_cli.specs import Cluster, NMPattern, PruneSpec
+from tsenor_cli.streaming import Streaming
 
 if TYPE_CHECKING:
     from tsenor_cli.calibration.perplexity import Perplexity
@@ -63,27 +60,9 @@ if TYPE_CHECKING:
 
 def plan_prune(spec: PruneSpec) -> Plan:
     """Decide what would be done to every tensor, from headers alone; nothing is written."""
-    _check_methods(spec)
-    _solvers(spec)
-    return _plan(_open(spec), spec)
-
-
-@dataclass(frozen=True)
-class _Job:
-    """A run that has been thought through: what every process of it knows before it begins."""
-
-    spec: PruneSpec
-    output: Path
-    checkpoint: Checkpoint
-    plan: Plan  # of all of it, or of this part
-    tokens: TextTokens | None
-    eval_tokens: TextTokens | None
-    identity: Identity
-
-    @property
-    def device(self) -> torch.device:
-        """Of this process."""
-        return find_device(self.spec.device)
+    check_methods(spec)
+    solvers_of(spec)
+    return plan_of(open_input(spec), spec)
 
 
 def predict(spec: PruneSpec, plan: Plan, cluster: Cluster | None = None) -> Forecast:
@@ -101,7 +80,7 @@ def predict(spec: PruneSpec, plan: Plan, cluster: Cluster | None = None) -> Fore
     device = find_device(spec.device)
     if device.type != "cpu":
         return forecast(plan, planned_like(device_name(device)), tokens=tokens)
-    return forecast(plan, measure_rates(plan, _absolute(spec.output), _solvers(spec)), tokens=tokens)
+    return forecast(plan, measure_rates(plan, absolute(spec.output), solvers_of(spec)), tokens=tokens)
 
 
 def prune(spec: PruneSpec, observer: Observer | None = None, team: Team | None = None) -> Report:
@@ -123,7 +102,7 @@ def prune(spec: PruneSpec, observer: Observer | None = None, team: Team | None =
     observer = team.observer(observer or Observer())
     if team.restarted and spec.resume is None:
         spec = replace(spec, resume=True)
-    job = team.first(lambda: _prepare(spec, team.size))
+    job = team.first(lambda: prepare(spec, team.size))
     if isinstance(job, Report):
         return job
     observer.planned(job.plan)
@@ -159,42 +138,8 @@ def prune(spec: PruneSpec, observer: Observer | None = None, team: Team | None =
         return team.first(lambda: _finish(job, staged, shards, records, costs, perplexity))
 
 
-def _prepare(spec: PruneSpec, processes: int) -> _Job | Report:
-    """Everything that can be refused before a byte is written; the report, if all has been done already."""
-    output = _absolute(spec.output)
-    if spec.part is not None:
-        output = part_directory(output, spec.part)
-    _check_methods(spec)
-    if spec.stream_input and processes > 1:
-        raise UsageError(
-            "--no-cache-input is for one process", "make parts with --shard instead of torchrun", code="cannot-stream"
-        )
-    device = find_device(spec.device)
-    _solvers(spec)
-    checkpoint = _open(spec)
-    check_output(output, checkpoint.directory, overwrite=spec.overwrite or spec.resume is True)
-    plan = _plan(checkpoint, spec)
-    if spec.allow_nonfinite:
-        plan = leave_nonfinite(plan)
-    enforce(plan, spec)
-    tokens, eval_tokens = _calibration_tokens(spec, plan), _eval_tokens(spec, checkpoint)
-    identity = run_identity(spec, plan, device_name(device), tokens, eval_tokens)
-    if spec.resume and already_finished(output, identity):
-        return read_report(output)
-    check_output(output, checkpoint.directory, overwrite=spec.overwrite)
-    if spec.part is not None:
-        plan = plan.restricted_to(share_shards(plan, [1.0] * spec.part.count)[spec.part.number - 1])
-    check_space(output, plan.checkpoint.nbytes, plan.checkpoint.fetched_bytes)
-    return _Job(spec, output, checkpoint, plan, tokens, eval_tokens, identity)
-
-
-def _open(spec: PruneSpec) -> Checkpoint:
-    """The input, its headers checked."""
-    return open_remote(spec.model) if spec.stream_input else open_checkpoint(*resolve_checkpoint(spec.model))
-
-
 @contextmanager
-def _staged(job: _Job, team: Team) -> Iterator[Staged]:
+def _staged(job: Job, team: Team) -> Iterator[Staged]:
     """The place where the output is made, which the first process keeps for all."""
     with ExitStack() as stack:
         spec = job.spec
@@ -210,12 +155,8 @@ def _copy_the_rest(checkpoint: Checkpoint, target: Path) -> None:
         copy_file(checkpoint.directory / relative, target / relative)
 
 
-def _absolute(path: Path) -> Path:
-    return Path(os.path.abspath(path))  # noqa: PTH100  (resolve() would follow a link)
-
-
 def _finish(
-    job: _Job,
+    job: Job,
     staged: Staged,
     shards: OutputShards,
     records: Mapping[str, TensorRecord],
@@ -231,7 +172,7 @@ def _finish(
         job.identity,
         plan,
         [records[item.tensor.name] for item in plan.tensors],
-        {name: pruner.citation for name, pruner in _pruners(spec).items()},
+        {name: pruner.citation for name, pruner in pruners_of(spec).items()},
         costs,
         device_name(job.device),
         job.tokens.to_dict() if job.tokens is not None else None,
@@ -258,7 +199,7 @@ def merge(output: Path, *, overwrite: bool = False) -> Report:
         InputRefused: a part is missing or damaged, or is of another run than the others.
         OutputUnavailable, TsenorError: as prune.
     """
-    output = _absolute(output)
+    output = absolute(output)
     parts = find_parts(output)
     reports = [read_report(part) for part in parts]
     for part, other in zip(parts[1:], reports[1:], strict=True):
@@ -325,7 +266,7 @@ def evaluate(
     checkpoints = [open_checkpoint(*resolve_checkpoint(model)) for model in models]
     if len({CheckpointTokenizer(checkpoint.directory).fingerprint for checkpoint in checkpoints}) > 1:
         raise UsageError("the tokenizers of these models differ: perplexities cannot be compared", "give one model")
-    tokens = _text_tokens(checkpoints[0], text, field, sequence_length, max_windows)
+    tokens = text_tokens(checkpoints[0], text, field, sequence_length, max_windows)
     place = find_device(device)
     return [_measure(checkpoint, tokens, observer or Observer(), memory_budget, place) for checkpoint in checkpoints]
 
@@ -356,7 +297,7 @@ def _finished(
 
 
 def _written(
-    job: _Job,
+    job: Job,
     done: set[str],
     shards: OutputShards,
     staged: Staged,
@@ -369,7 +310,7 @@ def _written(
     All processes go together through the layers with what needs calibration; the rest each does alone, band by band.
     """
     spec, plan = job.spec, job.plan
-    pruners, solvers = _pruners(spec), _solvers(spec)
+    pruners, solvers = pruners_of(spec), solvers_of(spec)
     done = set().union(*team.gather(done))
     if job.tokens is not None and any(item.calibrated and item.tensor.name not in done for item in plan.tensors):
         from tsenor_cli.layerwise import Layerwise
@@ -385,7 +326,7 @@ def _written(
         yield from streaming.run(group)
 
 
-def _noted_perplexity(job: _Job, staged: Staged, observer: Observer, team: Team) -> dict[str, Any] | None:
+def _noted_perplexity(job: Job, staged: Staged, observer: Observer, team: Team) -> dict[str, Any] | None:
     """The perplexity before pruning, measured once however often the run is interrupted."""
     if job.eval_tokens is not None and not staged.journal.notes("perplexity"):
         found = _perplexity(job, job.plan.checkpoint.directory, observer, team)
@@ -394,23 +335,12 @@ def _noted_perplexity(job: _Job, staged: Staged, observer: Observer, team: Team)
     return next(iter(staged.journal.notes("perplexity")), None)
 
 
-def _perplexity(job: _Job, directory: Path, observer: Observer, team: Team) -> dict[str, Any] | None:
+def _perplexity(job: Job, directory: Path, observer: Observer, team: Team) -> dict[str, Any] | None:
     if job.eval_tokens is None:
         return None
     return _measure(
         open_checkpoint(directory), job.eval_tokens, observer, job.spec.memory_budget, job.device, team
     ).to_dict()
-
-
-def _text_tokens(
-    checkpoint: Checkpoint, text: str, field: str, sequence_length: int | None, limit: int | None = None
-) -> TextTokens:
-    """The windows of a text that perplexity is measured on."""
-    from tsenor_cli.calibration.tokens import all_windows
-    from tsenor_cli.checkpoint.adapter.tokenizer import CheckpointTokenizer, window_length
-
-    length = window_length(checkpoint, sequence_length)
-    return all_windows(text, CheckpointTokenizer(checkpoint.directory), length=length, limit=limit, field=field)
 
 
 def _measure(
@@ -424,106 +354,3 @@ def _measure(
     from tsenor_cli.calibration.perplexity import measure_perplexity
 
     return measure_perplexity(checkpoint, tokens, observer, memory_budget, device, team or Team())
-
-
-def _eval_tokens(spec: PruneSpec, checkpoint: Checkpoint) -> TextTokens | None:
-    """The text to measure perplexity on before and after, in windows like those of the calibration."""
-    if spec.eval_text is None:
-        return None
-    field, length = spec.eval_windows
-    return _text_tokens(checkpoint, spec.eval_text, field, length)
-
-
-def _calibration_tokens(spec: PruneSpec, plan: Plan) -> TextTokens | None:
-    """The tokens that calibrated methods see, if any tensor gets one."""
-    if not plan.calibrated:
-        return None
-    from tsenor_cli.calibration.tokens import calibration_windows
-    from tsenor_cli.checkpoint.adapter.tokenizer import CheckpointTokenizer, window_length
-
-    wanted = spec.calibration
-    assert wanted is not None, "_check_methods has seen to that"
-    tokenizer = CheckpointTokenizer(plan.checkpoint.directory)
-    length = window_length(plan.checkpoint, wanted.sequence_length)
-    return calibration_windows(
-        wanted.source, tokenizer, samples=wanted.samples, length=length, seed=wanted.seed, field=wanted.field
-    )
-
-
-def _plan(checkpoint: Checkpoint, spec: PruneSpec) -> Plan:
-    """The plan, with what calibration will need of memory, and whether hidden states have to go to disk.
-
-    Raises:
-        UsageError: the memory budget is too small even so.
-    """
-    plan = make_plan(checkpoint, spec)
-    if plan.calibrated:
-        from tsenor_cli.calibration.memory import expected_memory
-        from tsenor_cli.checkpoint.adapter.tokenizer import window_length
-
-        assert spec.calibration is not None
-        length = window_length(checkpoint, spec.calibration.sequence_length)
-        memory = expected_memory(plan, spec.calibration.samples, length)
-        plan = replace(plan, memory=memory)
-    if spec.memory_budget is None or plan.peak_bytes <= spec.memory_budget:
-        return plan
-    spilled = plan.spilled()
-    if spilled.peak_bytes > spec.memory_budget:
-        raise UsageError(
-            f"--memory-budget {spec.memory_budget:,} bytes is too small",
-            f"at least {spilled.peak_bytes:,} are needed",
-            code="budget-too-small",
-        )
-    return spilled
-
-
-def _check_methods(spec: PruneSpec) -> None:
-    """Methods and the options that belong to them fit together."""
-    if spec.part is not None and (spec.methods & CALIBRATED or spec.eval_text is not None):
-        raise UsageError(
-            "--shard makes a part that knows nothing of the others, and layers that run need all",
-            "use torchrun for calibrated methods and --eval",
-        )
-    if spec.stream_input and (spec.methods & CALIBRATED or spec.eval_text is not None or spec.allow_nonfinite):
-        raise UsageError(
-            "--no-cache-input reads shards once; calibrated methods, --eval and --allow-nonfinite do so more often",
-            "leave it out",
-            code="cannot-stream",
-        )
-    if unknown := spec.methods - set(METHODS):
-        raise UsageError(f"unknown method {min(unknown)!r}", f"known: {', '.join(METHODS)}")
-    calibrated = sorted(spec.methods & CALIBRATED)
-    if calibrated and spec.calibration is None:
-        raise UsageError(f"{calibrated[0]} has to see text", "give it with --calibration FILE")
-    if not calibrated and spec.calibration is not None:
-        raise UsageError(
-            "--calibration is given, and no method needs it", "choose one with --method, such as sparsegpt"
-        )
-    if spec.calibration is not None and spec.calibration.source.startswith("-") and spec.eval_text in {"-", "-:jsonl"}:
-        raise UsageError(
-            "--calibration and --eval both ask for standard input", "give one of them a file", code="bad-text-source"
-        )
-    if not spec.update and spec.methods.isdisjoint(UPDATING):
-        raise UsageError("--no-update: no method changes weights", f"it is for {' and '.join(sorted(UPDATING))}")
-
-
-def _pruners(spec: PruneSpec) -> Mapping[str, Pruner]:
-    return {
-        "magnitude": Magnitude(),
-        "wanda": Wanda(),
-        "sparsegpt": SparseGPT(damping=spec.damping, update=spec.update),
-        "alps": Alps(damping=spec.damping, update=spec.update),
-    }
-
-
-def _solvers(spec: PruneSpec) -> Mapping[NMPattern, BoundSolver]:
-    """What pruners are handed to find their masks with, for every pattern of the run."""
-    patterns = {rule.choice.pattern for rule in spec.rules if rule.choice is not None}
-    if spec.pattern is not None:
-        patterns.add(spec.pattern)
-    options: dict[str, Any] = {"tau": spec.tau, "iterations": spec.iterations, "local_search": spec.local_search}
-    device, fallback = str(find_device(spec.device)), spec.fallback
-    solvers = {pattern: BoundSolver(pattern, spec.solver, device, fallback=fallback, **options) for pattern in patterns}
-    for pattern, solver in solvers.items():
-        solver(torch.empty(0, pattern.m))  # no scores, but options that contradict each other are refused
-    return solvers

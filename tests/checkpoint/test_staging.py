@@ -303,7 +303,7 @@ def in_a_mount(place):
 def test_a_disk_that_is_really_full(llama, in_a_mount):
     """Past the check beforehand, which another process can always overtake. With more space the run goes on."""
     code = (
-        "import sys, tsenor_cli.pipeline as p; p.check_space = lambda *_: None;"
+        "import sys, tsenor_cli.job as j; j.check_space = lambda *_: None;"
         "from tsenor_cli.cli import run; sys.exit(run(sys.argv[1:]))"
     )
     prune = f"{sys.executable} -c '{code}' prune {llama} --nm 2:4 -o $MOUNT/out"

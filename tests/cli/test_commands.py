@@ -13,7 +13,7 @@ import torch
 from checkpoints import INDEX, read_shards
 from safetensors.torch import save_file
 
-from tsenor_cli import pipeline
+from tsenor_cli import job
 from tsenor_cli.streaming import Streaming
 
 TSENOR = [sys.executable, "-m", "tsenor_cli"]
@@ -61,8 +61,8 @@ def test_json_is_one_object(tsenor, llama, tmp_path):
 
 
 def test_what_a_library_prints_does_not_reach_stdout(tsenor, llama, monkeypatch):
-    real = pipeline.make_plan
-    monkeypatch.setattr(pipeline, "make_plan", lambda *arguments: sys.stdout.write("noise\n") and real(*arguments))
+    real = job.make_plan
+    monkeypatch.setattr(job, "make_plan", lambda *arguments: sys.stdout.write("noise\n") and real(*arguments))
     outcome = tsenor("prune", llama, "--nm", "2:4", "-q", "-o", "x")
     assert (outcome.out, outcome.err) == ("x\n", "noise\n")
 
@@ -281,7 +281,7 @@ def test_names_of_files_cannot_command_the_terminal(tsenor, llama):
 
 
 def test_a_bug_shows_its_traceback(tsenor, llama, monkeypatch):
-    monkeypatch.setattr("tsenor_cli.pipeline.make_plan", lambda *_: 1 / 0)
+    monkeypatch.setattr("tsenor_cli.job.make_plan", lambda *_: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         tsenor("prune", llama, "--nm", "2:4")
 
