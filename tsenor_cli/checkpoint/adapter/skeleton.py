@@ -44,6 +44,7 @@ class Skeleton:
     Attributes:
         model: transformers' model; parameters of layers that are not loaded are on the meta device.
         layers: its decoder layers, in order.
+        keys: the name in the model of a tensor on disk, for those that the model has.
         layer_of: the index of the decoder layer that a tensor on disk belongs to, for those that belong to one.
 
     Raises:
@@ -56,13 +57,17 @@ class Skeleton:
         self.model: PreTrainedModel = meta_model(checkpoint, device).eval()  # type: ignore[no-untyped-call]
         self.layers_name, self.layers = find_layers(self.model)
         self._mapping = get_model_conversion_mapping(self.model)
-        self.layer_of = self._assign()
-        outside = [tensor for tensor in checkpoint.tensors.values() if tensor.name not in self.layer_of]
-        self._load({tensor.name: _OnDisk(tensor) for tensor in outside})
-        self.model.tie_weights()
+        self.keys = self._assign()
+        prefix = f"{self.layers_name}."
+        self.layer_of = {
+            name: int(key.removeprefix(prefix).partition(".")[0])
+            for name, key in self.keys.items()
+            if key.startswith(prefix)
+        }
+        self.load_outside()
         _make_buffers(self.model, device)
         for name, tensor in chain(self.model.named_parameters(), self.model.named_buffers()):
-            if tensor.is_meta and not name.startswith(f"{self.layers_name}."):
+            if tensor.is_meta and not name.startswith(prefix):
                 raise InputRefused(
                     f"{name} is not in {checkpoint.directory}",
                     "the checkpoint is incomplete",
@@ -82,6 +87,12 @@ class Skeleton:
             if not name.startswith(prefix)
         }
         return sum(found.values())
+
+    def load_outside(self, replaced: Mapping[str, torch.Tensor] | None = None) -> None:
+        """Bring everything but the decoder layers into memory, `replaced` as for load_layer."""
+        outside = [tensor for tensor in self.checkpoint.tensors.values() if tensor.name not in self.layer_of]
+        self._load({tensor.name: _OnDisk(tensor) for tensor in outside} | dict(replaced or {}))
+        self.model.tie_weights()
 
     def load_layer(self, index: int, replaced: Mapping[str, torch.Tensor] | None = None) -> nn.Module:
         """Bring one decoder layer into memory, some of its tensors `replaced`: name on disk → tensor as on disk."""
@@ -109,16 +120,15 @@ class Skeleton:
             if module not in inside:
                 _drop(module)
 
-    def _assign(self) -> dict[str, int]:
+    def _assign(self) -> dict[str, str]:
         state = self.model.state_dict()
         renamings = [item for item in self._mapping if isinstance(item, WeightRenaming)]
         converters = [item for item in self._mapping if isinstance(item, WeightConverter)]
-        prefix, found = f"{self.layers_name}.", {}
-        for name in self.checkpoint.tensors:
-            key, _ = rename_source_key(name, renamings, converters, self.model.base_model_prefix, state)
-            if key in state and key.startswith(prefix):
-                found[name] = int(key.removeprefix(prefix).partition(".")[0])
-        return found
+        keys = {
+            name: rename_source_key(name, renamings, converters, self.model.base_model_prefix, state)[0]
+            for name in self.checkpoint.tensors
+        }
+        return {name: key for name, key in keys.items() if key in state}
 
     def _load(self, tensors: Mapping[str, Any]) -> None:
         """Convert tensors and put them into the model, as `from_pretrained` does with a whole checkpoint."""

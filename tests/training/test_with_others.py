@@ -1,0 +1,120 @@
+"""The keeper under what people train with: torchrun with DDP and FSDP2, transformers' Trainer, adapters of peft."""
+
+from __future__ import annotations
+
+import copy
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from checkpoints import make_checkpoint
+from nets import OPTIMIZERS, PATTERN, STEPS
+from torch import nn
+
+from tsenor_cli.pipeline import prune, verify
+from tsenor_cli.specs import PruneSpec
+from tsenor_cli.training import KeepMasks, merge_lora, model_masks
+
+pytestmark = pytest.mark.slow
+
+
+@pytest.fixture(scope="module")
+def sparse(tmp_path_factory):
+    """A tiny Llama that is transposable 2:4."""
+    folder = tmp_path_factory.mktemp("sparse")
+    prune(PruneSpec(str(make_checkpoint("llama", folder / "dense")), folder / "sparse", PATTERN))
+    return folder / "sparse"
+
+
+def load(directory, **options):
+    from transformers import AutoModelForCausalLM
+
+    return AutoModelForCausalLM.from_pretrained(directory, **options)
+
+
+def rows():
+    return torch.randint(5, 90, (16, 12), generator=torch.Generator().manual_seed(0))
+
+
+def assert_pattern(model, directory, sparse):
+    """Saved and checked from the files, and the zeros are those of before, bit for bit."""
+    model.save_pretrained(directory)
+    found = verify(str(directory), PATTERN)
+    assert found.ok, found.failures
+    before, after = load(sparse), load(directory)
+    for name, mask in model_masks(before, sparse).items():
+        assert torch.equal(after.get_parameter(name) != 0, mask)
+        assert not torch.equal(after.get_parameter(name), before.get_parameter(name))
+
+
+def test_several_processes(sparse, tmp_path):
+    script = Path(__file__).parent / "train_together.py"
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", script]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path.cwd())}
+    done = subprocess.run(
+        [*command, sparse, tmp_path / "out"], env=environment, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    assert_pattern(load(tmp_path / "out"), tmp_path / "saved", sparse)
+
+
+def test_trainer(sparse, tmp_path):
+    from transformers import Trainer, TrainingArguments
+
+    model = load(sparse, dtype=torch.float32)
+    arguments = TrainingArguments(
+        tmp_path / "trainer",
+        max_steps=STEPS,
+        per_device_train_batch_size=2,
+        gradient_accumulation_steps=2,
+        learning_rate=1e-3,
+        weight_decay=0.1,
+        max_grad_norm=0.5,
+        bf16=True,
+        use_cpu=True,
+        report_to="none",
+        save_strategy="no",
+        disable_tqdm=True,
+    )
+    data = [{"input_ids": row, "labels": row} for row in rows()]
+    Trainer(model, arguments, train_dataset=data, callbacks=[KeepMasks(sparse)]).train()
+    assert_pattern(model.to(torch.bfloat16), tmp_path / "out", sparse)
+
+
+def adapted(sparse):
+    """The Llama with trained adapters."""
+    from peft import LoraConfig, get_peft_model
+
+    model = get_peft_model(load(sparse, dtype=torch.float32), LoraConfig(r=4, target_modules=["q_proj", "down_proj"]))
+    optimizer = OPTIMIZERS["adamw"]([parameter for parameter in model.parameters() if parameter.requires_grad])
+    for _ in range(20):
+        with torch.enable_grad():
+            model(input_ids=rows(), labels=rows()).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    return model
+
+
+@torch.no_grad()
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")  # peft asks for it
+def test_adapters_merge_into_the_pattern(sparse, tmp_path):
+    model = adapted(sparse)
+    dense = copy.deepcopy(model).merge_and_unload()
+    before = load(sparse, dtype=torch.float32)
+    masks = model_masks(before, sparse)
+    plain, merged = merge_lora(model, sparse)
+    assert [weight.name for weight in merged] == [name for name in masks if "q_proj" in name or "down_proj" in name]
+    for weight in merged:
+        old, mask = before.get_parameter(weight.name), masks[weight.name]
+        delta = dense.get_parameter(weight.name) - old
+        assert torch.equal(plain.get_parameter(weight.name), torch.where(mask, dense.get_parameter(weight.name), 0.0))
+        assert weight.lost == pytest.approx(float((delta[~mask] ** 2).sum() / (delta**2).sum()), rel=1e-4)
+        assert weight.change == pytest.approx(float((delta[mask] ** 2).sum() / (old**2).sum()), rel=1e-4)
+        assert 0.3 < weight.lost < 0.7
+    assert not any("lora" in name for name, _ in plain.named_parameters())
+    plain.to(torch.bfloat16).save_pretrained(tmp_path / "out")
+    assert verify(str(tmp_path / "out"), PATTERN).ok
+    assert isinstance(plain.get_submodule("model.layers.0.self_attn.q_proj"), nn.Linear)

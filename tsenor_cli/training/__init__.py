@@ -1,0 +1,32 @@
+"""Training that keeps the masks: for users' own loops, transformers' Trainer, and `tsenor finetune`.
+
+Importing this package is cheap; each public name loads what it needs when it is first used.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from tsenor_cli.training.callback import KeepMasks
+    from tsenor_cli.training.keeper import MaskKeeper, keep_masks
+    from tsenor_cli.training.lora import MergedWeight, merge_lora
+    from tsenor_cli.training.masks import model_masks
+
+__all__ = ["KeepMasks", "MaskKeeper", "MergedWeight", "keep_masks", "merge_lora", "model_masks"]
+
+_HOMES = {
+    "KeepMasks": "callback",
+    "MaskKeeper": "keeper",
+    "MergedWeight": "lora",
+    "keep_masks": "keeper",
+    "merge_lora": "lora",
+    "model_masks": "masks",
+}
+
+
+def __getattr__(name: str) -> Any:  # noqa: ANN401  (a module's attributes are of any type)
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f"{__name__}.{_HOMES[name]}"), name)

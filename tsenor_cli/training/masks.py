@@ -1,0 +1,72 @@
+"""The masks of a pruned checkpoint by the names that its weights have in a model.
+
+transformers renames, joins and transposes tensors of some architectures while loading; masks go the same way.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+
+import torch
+from torch import nn
+from torch.distributed.tensor import DTensor
+
+from tsenor_cli.checkpoint.reader import Checkpoint, open_checkpoint
+from tsenor_cli.errors import InputRefused
+from tsenor_cli.report.read import read_report
+
+_WRAPPERS = ("_orig_mod.", "module.", "base_model.model.")  # of torch.compile, DistributedDataParallel, peft
+
+
+def model_masks(model: nn.Module, directory: Path) -> dict[str, torch.Tensor]:
+    """The masks of a checkpoint that `model` was loaded from: by name of the parameter, bool of its shape, True kept.
+
+    Raises:
+        InputRefused: the checkpoint has no report, or the model is not one that was loaded from it.
+    """
+    checkpoint = open_checkpoint(directory)
+    on_disk = masks_on_disk(checkpoint)
+    if _fit(model, on_disk):
+        return on_disk
+    from tsenor_cli.checkpoint.adapter.masks import converted_masks  # and with it transformers, which few need here
+
+    converted = converted_masks(checkpoint, on_disk)
+    if not _fit(model, converted):
+        raise InputRefused(f"the model has not the zeros of {directory}", "load it from there", code="mask-mismatch")
+    return converted
+
+
+def masks_on_disk(checkpoint: Checkpoint) -> dict[str, torch.Tensor]:
+    """The masks of the tensors that the report says were pruned, as the tensors lie on disk."""
+    pruned = [record.name for record in read_report(checkpoint.directory).tensors if record.action == "pruned"]
+    if missing := [name for name in pruned if name not in checkpoint.tensors]:
+        raise InputRefused(
+            f"{checkpoint.directory} has no {missing[0]}, which its report names",
+            "copy the checkpoint again",
+            code="damaged-report",
+        )
+    return {name: checkpoint.tensors[name].read() != 0 for name in pruned}
+
+
+def parameters_of(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
+    """Parameters by the names that they have in the model itself, whatever it is wrapped into."""
+    for name, parameter in model.named_parameters():
+        for wrapper in _WRAPPERS:
+            name = name.removeprefix(wrapper)  # noqa: PLW2901  (one after the other)
+        yield name.replace(".base_layer.", "."), parameter  # peft puts an adapted layer there
+
+
+def _fit(model: nn.Module, masks: Mapping[str, torch.Tensor]) -> bool:
+    """Whether these are the masks of the model's weights, as far as the weights are here."""
+    parameters = dict(parameters_of(model))
+    return all(
+        name in parameters and parameters[name].shape == mask.shape and _zero(parameters[name], ~mask)
+        for name, mask in masks.items()
+    )
+
+
+def _zero(parameter: nn.Parameter, dropped: torch.Tensor) -> bool:
+    if parameter.is_meta or isinstance(parameter, DTensor):  # not there yet, or in parts
+        return True
+    return not parameter.detach()[dropped.to(parameter.device)].any()
