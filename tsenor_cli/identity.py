@@ -14,6 +14,7 @@ import torch
 from tsenor_cli import __version__
 from tsenor_cli.checkpoint.journal import Identity
 from tsenor_cli.checkpoint.plan import Plan
+from tsenor_cli.checkpoint.reader import Checkpoint
 from tsenor_cli.device import CPU, computed_in
 from tsenor_cli.report.build import deciding_options
 from tsenor_cli.specs import PruneSpec
@@ -33,22 +34,27 @@ def run_identity(
     """
     found = {"tsenor": __version__, **versions(), "the device": device}
     found["--nm"] = f"{spec.pattern} {spec.pattern.kind}" if spec.pattern is not None else "left to the recipe"
-    found |= {_option(name): json.dumps(value) for name, value in deciding_options(spec).items()}
+    found |= {option_name(name): json.dumps(value) for name, value in deciding_options(spec).items()}
     if plan.calibrated or eval_tokens is not None:  # sums depend on how they are cut into parts
         found["the number of threads"] = str(torch.get_num_threads())
         found["what bfloat16 layers run in"] = str(computed_in(torch.bfloat16, CPU))
-    found |= {"the calibration text": _text(tokens), "the text of --eval": _text(eval_tokens)}
-    found["the commit of the model"] = plan.checkpoint.revision or "none"
-    return found | {f"{file} in the model": stamp for file, stamp in plan.checkpoint.stamps.items()}
+    found |= {"the calibration text": text_identity(tokens), "the text of --eval": text_identity(eval_tokens)}
+    return found | model_identity(plan.checkpoint)
 
 
-def _option(field: str) -> str:
-    """The option of the command line that sets a field of PruneSpec."""
+def model_identity(checkpoint: Checkpoint) -> Identity:
+    """Which model it is, and that its files are the same."""
+    stamps = {f"{file} in the model": stamp for file, stamp in checkpoint.stamps.items()}
+    return {"the commit of the model": checkpoint.revision or "none", **stamps}
+
+
+def option_name(field: str) -> str:
+    """The option of the command line that sets a field of a spec."""
     names = {"rules": "--recipe", "update": "--no-update"}
     return names.get(field) or "--" + field.replace("_", "-")
 
 
-def _text(tokens: TextTokens | None) -> str:
+def text_identity(tokens: TextTokens | None) -> str:
     if tokens is None:
         return "none"
     samples, length = tokens.windows.shape

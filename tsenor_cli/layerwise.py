@@ -25,7 +25,7 @@ from tsenor_cli.checkpoint.adapter.skeleton import Skeleton
 from tsenor_cli.checkpoint.layouts import from_matrices, matrix_size, to_matrices
 from tsenor_cli.checkpoint.plan import Plan, TensorPlan
 from tsenor_cli.checkpoint.site import Site
-from tsenor_cli.checkpoint.writer import OutputShards
+from tsenor_cli.checkpoint.writer import OutputShards, as_bytes
 from tsenor_cli.device import CPU
 from tsenor_cli.distributed import Team
 from tsenor_cli.errors import InputRefused, TsenorError
@@ -227,7 +227,7 @@ class Layerwise:
         if self._writers[item.tensor.name] != self._team.rank:
             return result, None
         with self._shards.place_of(item.tensor) as place:
-            place.write(result.view(-1).view(torch.uint8).numpy().data)
+            place.write(as_bytes(result))
         self._observer.advanced(item.tensor.name, item.tensor.nbytes)
         return result, tally.record(item, place.sha256())
 

@@ -21,5 +21,8 @@ class Observer:
     def pruned(self, record: TensorRecord) -> None:
         """A tensor is pruned and written."""
 
+    def trained(self, step: int, steps: int, loss: float) -> None:
+        """A step of training is done; `loss` is the mean over its tokens, in nats."""
+
     def entered(self, stage: str) -> None:
         """A part of the run that has a name begins."""

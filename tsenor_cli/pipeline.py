@@ -1,7 +1,7 @@
 """The map: open and plan (job.py) → prune (layer by layer what needs calibration, the rest band by band) → record.
 
-What the command line and the library call is here: `plan_prune`, `predict`, `prune`, `merge`, `verify` and `evaluate`;
-every room is reached from here.
+What the command line and the library call is here: `plan_prune`, `predict`, `prune`, `merge`, `verify`, `evaluate` and
+`finetune`; every room is reached from here.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from tsenor_cli.checkpoint.remote import fetched
 from tsenor_cli.checkpoint.source import resolve_checkpoint
 from tsenor_cli.checkpoint.staging import Staged, joined_output, staged_output
 from tsenor_cli.checkpoint.verifier import Verification, verify_checkpoint
-from tsenor_cli.checkpoint.writer import PAGE_FILE, REPORT_FILE, OutputShards, copy_file, write_text
+from tsenor_cli.checkpoint.writer import CARD_FILE, PAGE_FILE, REPORT_FILE, OutputShards, copy_file, write_text
 from tsenor_cli.device import device_name, find_device
 from tsenor_cli.distributed import Team
 from tsenor_cli.distribution import share_out
@@ -44,13 +44,13 @@ from tsenor_cli.job import (
 from tsenor_cli.observer import Observer
 from tsenor_cli.rates import measure_rates
 from tsenor_cli.report.build import build_report
-from tsenor_cli.report.card import CARD_FILE, model_card
+from tsenor_cli.report.card import model_card
 from tsenor_cli.report.costs import Costs
 from tsenor_cli.report.merge import merge_reports
 from tsenor_cli.report.read import read_report
 from tsenor_cli.report.records import Report, TensorRecord
 from tsenor_cli.report.sample import sampled_bytes, take_samples
-from tsenor_cli.specs import Cluster, NMPattern, PruneSpec
+from tsenor_cli.specs import Cluster, FinetuneSpec, NMPattern, PruneSpec
 from tsenor_cli.streaming import Streaming
 
 if TYPE_CHECKING:
@@ -269,6 +269,13 @@ def evaluate(
     tokens = text_tokens(checkpoints[0], text, field, sequence_length, max_windows)
     place = find_device(device)
     return [_measure(checkpoint, tokens, observer or Observer(), memory_budget, place) for checkpoint in checkpoints]
+
+
+def finetune(spec: FinetuneSpec, observer: Observer | None = None) -> Report:
+    """Train a pruned checkpoint with its masks kept (see training/finetune.py)."""
+    from tsenor_cli.training.finetune import finetune as run
+
+    return run(spec, observer)
 
 
 def _page(report: Report) -> str:

@@ -190,6 +190,32 @@ class PruneSpec:
         return found | ({self.method} if self.pattern is not None else set())
 
 
+@dataclass(frozen=True)
+class FinetuneSpec:
+    """Everything that decides the bytes of a fine-tuned sparse checkpoint, and where they go."""
+
+    model: str  # made by `prune`
+    output: Path
+    text: str  # to learn; see calibration/text.py
+    field: str = "text"  # of a line of JSON or a row of a table
+    eval_text: str | None = None  # measure perplexity on it before and after; None: on the end of `text`, held out
+    sequence_length: int | None = None  # tokens; None: as many as the model can, 2048 at most
+    steps: int = 200
+    batch_size: int = 8  # windows that go through the model at once
+    accumulate: int = 1  # batches of a step
+    learning_rate: float = 1e-4  # the highest: rises for the first steps, then falls as a cosine to 0
+    warmup: float = 0.05  # share of the steps in which it rises
+    weight_decay: float = 0.0
+    clip: float = 1.0  # the largest norm of the gradients
+    checkpoint_activations: bool = False  # compute activations twice, to keep fewer of them
+    seed: int = 0  # decides the order of the windows
+    save_every: int = 50  # steps, to resume from
+    memory_budget: int | None = None  # of measuring perplexity, bytes above the imports
+    device: str = "auto"
+    overwrite: bool = False
+    resume: bool | None = None  # as of PruneSpec
+
+
 def matches(name: str, pattern: str) -> bool:
     """Whether a tensor name fits a user's pattern: `re:REGEX` (searched), or a glob over the whole name or module."""
     if pattern.startswith("re:"):

@@ -20,7 +20,7 @@ import torch
 from tsenor_cli.checkpoint.layouts import from_matrices, to_matrices
 from tsenor_cli.checkpoint.plan import Plan, TensorPlan, bands
 from tsenor_cli.checkpoint.reader import COPY_BYTES
-from tsenor_cli.checkpoint.writer import OutputShards, Place
+from tsenor_cli.checkpoint.writer import OutputShards, Place, as_bytes
 from tsenor_cli.errors import InputRefused
 from tsenor_cli.observer import Observer
 from tsenor_cli.overlap import ahead
@@ -106,7 +106,7 @@ class Streaming:
         if isinstance(content, bytearray):
             return part, content, Tally()
         pruned, tally = self._prune_band(part.item, content)
-        return part, _bytes(pruned), tally
+        return part, as_bytes(pruned), tally
 
     def _prune_on_gpu(self, stream: torch.cuda.Stream, part: _Part) -> _Pruned:
         if not part.item.pruned:
@@ -116,7 +116,7 @@ class Streaming:
             pruned, tally = self._prune_band(part.item, band)
             back = torch.empty(pruned.shape, dtype=pruned.dtype, pin_memory=True).copy_(pruned, non_blocking=True)
             stream.synchronize()
-        return part, _bytes(back), tally
+        return part, as_bytes(back), tally
 
     def _prune_band(self, item: TensorPlan, band: torch.Tensor) -> tuple[torch.Tensor, Tally]:
         assert item.layout is not None
@@ -161,10 +161,6 @@ def _parts(item: TensorPlan, nbytes: int | None = None) -> Iterator[_Part]:
         end = item.tensor.nbytes
         found = [(first, min(first + COPY_BYTES, end)) for first in range(0, end, COPY_BYTES)] or [(0, 0)]
     return (_Part(item, first, last, last == found[-1][1]) for first, last in found)
-
-
-def _bytes(tensor: torch.Tensor) -> memoryview:
-    return tensor.view(-1).view(torch.uint8).numpy().data
 
 
 @cache

@@ -5,7 +5,7 @@ nonzeros, no zero is negative, every value is finite. A kept weight may be zero 
 allowed; `exact` says whether every group has N.
 Every tensor has the hash that the report names, unless a pattern was given in the report's stead.
 Against the original: every tensor that was not pruned is bit-identical, and so is every other file; for methods that
-only mask, every weight that is not zero is the original's.
+only mask, every weight that is not zero is the original's. What was fine-tuned has the original's shapes and dtypes.
 """
 
 from __future__ import annotations
@@ -23,14 +23,13 @@ from tsenor_cli.checkpoint.jsonfile import read_object
 from tsenor_cli.checkpoint.layouts import LAYOUTS, Layout, banded_axis, fits, matrix_size, to_matrices
 from tsenor_cli.checkpoint.plan import bands, make_plan
 from tsenor_cli.checkpoint.reader import PRUNABLE_DTYPES, Checkpoint, DiskTensor
-from tsenor_cli.checkpoint.writer import PAGE_FILE, REPORT_FILE
+from tsenor_cli.checkpoint.writer import REPORT_FILE, WRITTEN_ANEW
 from tsenor_cli.errors import CheckFailed, InputRefused, UsageError
 from tsenor_cli.overlap import ahead
 from tsenor_cli.specs import UPDATING, NMPattern, PruneSpec
 
 _READ_AHEAD = 2  # bands
 _INTEGERS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
-_WRITTEN_ANEW = {Path("README.md"), Path(REPORT_FILE), Path(PAGE_FILE)}
 Progress = Callable[[str, int], None]
 
 
@@ -61,6 +60,7 @@ class Verification:
     pattern: str
     kind: str
     against: str | None
+    trained: bool  # fine-tuned after pruning
     tensors: list[TensorCheck] = field(default_factory=list)
     failures: list[Failure] = field(default_factory=list)
 
@@ -78,6 +78,7 @@ class _Claim:
 
     tensors: dict[str, _PrunedClaim]  # those said to be pruned
     hashes: dict[str, str] = field(default_factory=dict)  # of every tensor's bytes, if the report is to be believed
+    trained: bool = False  # after pruning: no weight is the original's
 
     @property
     def patterns(self) -> list[NMPattern]:
@@ -101,6 +102,7 @@ def verify_checkpoint(
         ", ".join(dict.fromkeys(map(str, claim.patterns))),
         ", ".join(dict.fromkeys(pattern.kind for pattern in claim.patterns)),
         str(original.directory) if original else None,
+        claim.trained,
     )
     hashes: dict[str, str] = {}
     for name, claimed in claim.tensors.items():
@@ -108,7 +110,7 @@ def verify_checkpoint(
         if tensor is None or tensor.dtype not in PRUNABLE_DTYPES or not fits(tensor.shape, claimed.layout):
             result.failures.append(Failure(name, "not in the checkpoint as the report describes it"))
             continue
-        source = original.tensors.get(name) if original and claimed.mask_only else None
+        source = original.tensors.get(name) if original and claimed.mask_only and not claim.trained else None
         comparable = source is not None and (source.dtype, source.shape) == (tensor.dtype, tensor.shape)
         source = source if comparable else None
         hashes[name] = _check_pruned(tensor, claimed.layout, claimed.pattern, source, result, advanced)
@@ -116,7 +118,8 @@ def verify_checkpoint(
             if read is not None:
                 read.forget()
     if original is not None:
-        result.failures += _differences(checkpoint, original, set(claim.tensors), hashes, advanced)
+        changed = set(original.tensors) if claim.trained else set(claim.tensors)
+        result.failures += _differences(checkpoint, original, changed, hashes, advanced)
     failed = {failure.where for failure in result.failures}
     result.failures += (
         Failure(name, "its bytes are not those that the report was written for")
@@ -153,7 +156,7 @@ def _claim_of_report(path: Path, pattern: NMPattern | None) -> _Claim:
         pruned = [record for record in report["tensors"] if record["action"] == "pruned"]
         tensors = {record["name"]: _claim_of_record(record, report, pattern) for record in pruned}
         hashes = {record["name"]: str(record["sha256"]) for record in report["tensors"]}
-        return _Claim(tensors, hashes if pattern is None else {})
+        return _Claim(tensors, hashes if pattern is None else {}, trained=report["training"] is not None)
     except (KeyError, TypeError, ValueError, UsageError) as error:
         raise InputRefused(
             f"{path} is not a report of tsenor ({error})", "remove it and give --nm N:M", code="damaged-report"
@@ -265,7 +268,7 @@ def _collect(found: dict[str, Failure], name: str, wrong: dict[str, torch.Tensor
 
 
 def _differences(
-    checkpoint: Checkpoint, original: Checkpoint, pruned: set[str], hashes: dict[str, str], advanced: Progress
+    checkpoint: Checkpoint, original: Checkpoint, changed: set[str], hashes: dict[str, str], advanced: Progress
 ) -> Iterator[Failure]:
     """Everything that should be the original's and is not; the hashes of what is compared are left in `hashes`."""
     for name, tensor in original.tensors.items():
@@ -274,7 +277,7 @@ def _differences(
             yield Failure(name, "in the original, but not in the checkpoint")
         elif (copy.dtype, copy.shape) != (tensor.dtype, tensor.shape):
             yield Failure(name, f"{copy.dtype} {list(copy.shape)}, the original {tensor.dtype} {list(tensor.shape)}")
-        elif name not in pruned:
+        elif name not in changed:
             digest, same = hashlib.sha256(), True
             for chunk, wanted in zip(copy.chunks(), tensor.chunks(), strict=True):  # of one dtype and shape
                 digest.update(chunk)
@@ -285,7 +288,7 @@ def _differences(
             advanced(name, copy.nbytes)
     for name in checkpoint.tensors.keys() - original.tensors.keys():
         yield Failure(name, "not in the original")
-    for path in set(original.other_files) - _WRITTEN_ANEW:
+    for path in set(original.other_files) - WRITTEN_ANEW:
         copy_path = checkpoint.directory / path
         if not copy_path.is_file() or copy_path.read_bytes() != (original.directory / path).read_bytes():
             yield Failure(str(path), "this file is not the original's")

@@ -21,7 +21,8 @@ if TYPE_CHECKING:
     import torch
 
 SETTLE_BYTES = 64 * 2**20
-REPORT_FILE, PAGE_FILE = "tsenor-report.json", "tsenor-report.html"
+REPORT_FILE, PAGE_FILE, CARD_FILE = "tsenor-report.json", "tsenor-report.html", "README.md"
+WRITTEN_ANEW = frozenset(map(Path, (REPORT_FILE, PAGE_FILE, CARD_FILE)))  # of the output, never the input's
 
 
 class Place:
@@ -139,6 +140,13 @@ class OutputShards:
 
     def _path(self, shard: Path) -> Path:
         return self._staging / shard.name
+
+
+def as_bytes(tensor: torch.Tensor) -> memoryview:
+    """What of a tensor on the CPU goes to disk."""
+    import torch
+
+    return tensor.contiguous().view(-1).view(torch.uint8).numpy().data
 
 
 def copy_file(source: Path, target: Path) -> None:

@@ -18,6 +18,7 @@ from tsenor_cli import __version__
 from tsenor_cli.cli import console
 from tsenor_cli.cli.bench import bench
 from tsenor_cli.cli.eval import evaluate
+from tsenor_cli.cli.finetune import finetune
 from tsenor_cli.cli.inspect import inspect
 from tsenor_cli.cli.merge import merge
 from tsenor_cli.cli.prune import prune
@@ -54,14 +55,14 @@ def cli() -> None:
     """
 
 
-for _command in (prune, merge, verify, report, inspect, evaluate, bench):
+for _command in (prune, merge, verify, finetune, report, inspect, evaluate, bench):
     cli.add_command(_command)
 
 
 def run(arguments: Sequence[str]) -> int:
     """Run one command and return its exit code; every expected failure is one line on stderr."""
     console.set_log_format(as_json=_wants_json(arguments))
-    hint = [_RESUME] if arguments[:1] == ["prune"] else []
+    hint = [_RESUME] if arguments[:1] in (["prune"], ["finetune"]) else []
 
     def end_at_once(stopped: Stopped) -> None:
         what = f"{stopped.what}, without waiting for what was being computed"

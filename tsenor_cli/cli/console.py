@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from tsenor_cli.checkpoint.plan import Plan
     from tsenor_cli.report.records import TensorRecord
 
-_BAR = "{desc}{percentage:3.0f}% {bar:12} {n_fmt}B of {total_fmt}B, {rate_fmt}, {remaining} left{postfix}"
+_BAR = "{desc}{percentage:3.0f}% {bar:12} {n_fmt}{unit} of {total_fmt}{unit}, {rate_fmt}, {remaining} left{postfix}"
 _REFRESH_S = 0.2  # of what is costly to find out
 _EVENT_S = 1.0  # between two events of progress
 
@@ -130,8 +130,8 @@ def progress(*, quiet: bool, verbose: bool = False) -> Progress:
 class Progress(Observer):
     """An observer that can be told the size of the work, and that ends."""
 
-    def start(self, total_bytes: int) -> None:
-        """Work of this size begins."""
+    def start(self, total: int) -> None:
+        """Work of so many bytes begins."""
 
     def close(self) -> None:
         """No more is coming."""
@@ -145,17 +145,23 @@ class ProgressBar(Progress):
 
     def __init__(self, *, quiet: bool, verbose: bool) -> None:
         self._bar: Any = None
+        self._unit = "B"
         self._off = True if quiet else None  # None: tqdm decides by whether stderr is a terminal
         self._verbose = verbose
         self._last, self._refreshed = "", 0.0
 
-    def start(self, total_bytes: int) -> None:
+    def start(self, total: int) -> None:
+        self._draw(total, "B")
+
+    def _draw(self, total: int, unit: str) -> None:
         from tqdm import tqdm
 
+        self.close()
+        self._unit = unit
         self._bar = tqdm(
-            total=total_bytes,
-            unit="B",
-            unit_scale=True,
+            total=total,
+            unit=unit,
+            unit_scale=unit == "B",
             disable=self._off,
             file=sys.stderr,
             leave=False,
@@ -170,6 +176,12 @@ class ProgressBar(Progress):
         if self._verbose and name != self._last:
             note(name)
             self._last = name
+
+    def trained(self, step: int, steps: int, loss: float) -> None:
+        if self._unit == "B":
+            self._draw(steps, " steps")
+        self._bar.set_description_str(f"loss {loss:.4f}  ")
+        self._bar.update(step - self._bar.n)
 
     def entered(self, stage: str) -> None:
         if self._bar is not None:
@@ -199,8 +211,8 @@ class EventLog(Progress):
         self._done = self._total = 0
         self._told = time.monotonic()
 
-    def start(self, total_bytes: int) -> None:
-        self._total = total_bytes
+    def start(self, total: int) -> None:
+        self._total = total
 
     def planned(self, plan: Plan) -> None:
         super().planned(plan)
@@ -214,6 +226,10 @@ class EventLog(Progress):
     def pruned(self, record: TensorRecord) -> None:
         facts = ("pattern", "transposable", "method", "kept_energy", "error", "gap", "seconds")
         self._event("pruned", tensor=record.name, **{name: getattr(record, name) for name in facts})
+
+    def trained(self, step: int, steps: int, loss: float) -> None:
+        if time.monotonic() - self._told > _EVENT_S or step == steps:
+            self._event("step", step=step, steps=steps, loss=loss)
 
     def entered(self, stage: str) -> None:
         self._event("stage", stage=stage)

@@ -10,11 +10,10 @@ from typing import cast
 from huggingface_hub import ModelCard, ModelCardData
 
 from tsenor_cli.checkpoint.reader import Checkpoint
+from tsenor_cli.checkpoint.writer import CARD_FILE
 from tsenor_cli.report.records import Report
 from tsenor_cli.report.words import tiny
 from tsenor_cli.specs import NMPattern
-
-CARD_FILE = "README.md"
 
 
 def model_card(checkpoint: Checkpoint, source: str, report: Report) -> str:
@@ -33,6 +32,34 @@ def model_card(checkpoint: Checkpoint, source: str, report: Report) -> str:
     if original:
         body += f"\n---\n\nThe original model card follows.\n\n{original}"
     return f"---\n{metadata.to_yaml()}\n---\n\n{body}"
+
+
+def training_card(checkpoint: Checkpoint, report: Report) -> str:
+    """The text of a fine-tuned output's README.md: what was learned, and the card of the pruned checkpoint below it."""
+    metadata, original = _original_card(checkpoint.directory / CARD_FILE)
+    assert report.training is not None
+    assert report.perplexity is not None
+    options, text = report.training["options"], report.training["text"]
+    before, after = (report.perplexity[key]["perplexity"] for key in ("before", "after"))
+    windows = options["batch_size"] * options["accumulate"]
+    return f"""---
+{metadata.to_yaml()}
+---
+
+# Fine-tuned after pruning
+
+Trained with its masks kept by `tsenor {report.tsenor_version}`: the weights that pruning has dropped are still zero.
+
+| | |
+|---|---|
+| steps | {options["steps"]} of {windows} windows of {text["sequence_length"]} tokens |
+| learning rate | {options["learning_rate"]} |
+| perplexity before → after | {before:.2f} → {after:.2f} |
+
+---
+
+{original}
+"""
 
 
 def _patterns(report: Report) -> list[NMPattern]:

@@ -6,7 +6,7 @@ import json
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-SCHEMA_VERSION = 5
+SCHEMA_VERSION = 6
 
 
 @dataclass(frozen=True)
@@ -109,9 +109,10 @@ class Report:
     summary: Summary
     tensors: list[TensorRecord]
     calibration: dict[str, Any] | None = None  # the text: source, hashes, samples, tokens
-    perplexity: dict[str, Any] | None = None  # before and after, with the text they were measured on
+    perplexity: dict[str, Any] | None = None  # before and after this run, with the text they were measured on
     tile: Tile | None = None
     histogram: Histogram | None = None
+    training: dict[str, Any] | None = None  # what was learned and how, if the checkpoint was fine-tuned
     left_out_files: list[str] = field(default_factory=list)
     schema_version: int = SCHEMA_VERSION
 

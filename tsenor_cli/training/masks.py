@@ -15,6 +15,7 @@ from torch.distributed.tensor import DTensor
 from tsenor_cli.checkpoint.reader import Checkpoint, open_checkpoint
 from tsenor_cli.errors import InputRefused
 from tsenor_cli.report.read import read_report
+from tsenor_cli.report.records import TensorRecord
 
 _WRAPPERS = ("_orig_mod.", "module.", "base_model.model.")  # of torch.compile, DistributedDataParallel, peft
 
@@ -39,14 +40,24 @@ def model_masks(model: nn.Module, directory: Path) -> dict[str, torch.Tensor]:
 
 def masks_on_disk(checkpoint: Checkpoint) -> dict[str, torch.Tensor]:
     """The masks of the tensors that the report says were pruned, as the tensors lie on disk."""
-    pruned = [record.name for record in read_report(checkpoint.directory).tensors if record.action == "pruned"]
-    if missing := [name for name in pruned if name not in checkpoint.tensors]:
+    records = read_report(checkpoint.directory).tensors
+    return {record.name: mask_on_disk(checkpoint, record) for record in records if record.action == "pruned"}
+
+
+def mask_on_disk(checkpoint: Checkpoint, record: TensorRecord) -> torch.Tensor:
+    """The mask of one of them.
+
+    Raises:
+        InputRefused: the checkpoint has no such tensor.
+    """
+    tensor = checkpoint.tensors.get(record.name)
+    if tensor is None or list(tensor.shape) != record.shape:
         raise InputRefused(
-            f"{checkpoint.directory} has no {missing[0]}, which its report names",
+            f"{checkpoint.directory} has no {record.name} as its report describes it",
             "copy the checkpoint again",
             code="damaged-report",
         )
-    return {name: checkpoint.tensors[name].read() != 0 for name in pruned}
+    return tensor.read() != 0
 
 
 def parameters_of(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:

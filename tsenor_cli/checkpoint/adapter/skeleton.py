@@ -7,7 +7,7 @@ ones to change when they move.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from itertools import chain
 from typing import Any
@@ -57,7 +57,7 @@ class Skeleton:
         self.model: PreTrainedModel = meta_model(checkpoint, device).eval()  # type: ignore[no-untyped-call]
         self.layers_name, self.layers = find_layers(self.model)
         self._mapping = get_model_conversion_mapping(self.model)
-        self.keys = self._assign()
+        self.keys = keys_in_model(self.model, checkpoint.tensors)
         prefix = f"{self.layers_name}."
         self.layer_of = {
             name: int(key.removeprefix(prefix).partition(".")[0])
@@ -120,16 +120,6 @@ class Skeleton:
             if module not in inside:
                 _drop(module)
 
-    def _assign(self) -> dict[str, str]:
-        state = self.model.state_dict()
-        renamings = [item for item in self._mapping if isinstance(item, WeightRenaming)]
-        converters = [item for item in self._mapping if isinstance(item, WeightConverter)]
-        keys = {
-            name: rename_source_key(name, renamings, converters, self.model.base_model_prefix, state)[0]
-            for name in self.checkpoint.tensors
-        }
-        return {name: key for name, key in keys.items() if key in state}
-
     def _load(self, tensors: Mapping[str, Any]) -> None:
         """Convert tensors and put them into the model, as `from_pretrained` does with a whole checkpoint."""
         dtype = self.model.dtype
@@ -139,7 +129,7 @@ class Skeleton:
             dtype_plan=self.model._get_dtype_plan(dtype),  # noqa: SLF001  (what from_pretrained calls)
             weight_mapping=self._mapping,  # type: ignore[arg-type]  # what its own function gave
         )
-        with _no_progress_bar():
+        with no_progress_bar():
             # None: in transformers 5.15 no tensor parallelism, later no offloading to disk.
             info, _ = convert_and_load_state_dict_in_model(self.model, dict(tensors), config, None)
         self.model.requires_grad_(False)  # what has just been loaded asks for gradients
@@ -150,6 +140,15 @@ class Skeleton:
                 "the tensors do not fit config.json",
                 code="inconsistent-checkpoint",
             )
+
+
+def keys_in_model(model: PreTrainedModel, names: Iterable[str]) -> dict[str, str]:
+    """The name in the model's state of every tensor on disk that the model takes."""
+    state, mapping = model.state_dict(), get_model_conversion_mapping(model)
+    renamings = [item for item in mapping if isinstance(item, WeightRenaming)]
+    converters = [item for item in mapping if isinstance(item, WeightConverter)]
+    keys = {name: rename_source_key(name, renamings, converters, model.base_model_prefix, state)[0] for name in names}
+    return {name: key for name, key in keys.items() if key in state}
 
 
 def _drop(module: nn.Module) -> None:
@@ -216,8 +215,8 @@ def _make_buffers(model: PreTrainedModel, device: torch.device) -> None:
 
 
 @contextmanager
-def _no_progress_bar() -> Iterator[None]:
-    """One bar for each layer would be noise."""
+def no_progress_bar() -> Iterator[None]:
+    """Its bars would be noise: one for each layer, one for each file."""
     shown = logging.is_progress_bar_enabled()
     logging.disable_progress_bar()  # type: ignore[no-untyped-call]
     try:
