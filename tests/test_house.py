@@ -18,7 +18,8 @@ MAY_IMPORT = {
     "cli": {"pipeline", "distributed", "forecast", "recipe", "checkpoint", "calibration", "report", "bench"},
     "recipe": set(),
     "calibration": {"checkpoint", "distributed", "pruners"},
-    "bench": {"masks"},
+    "training": set(),
+    "bench": {"masks", "training"},
     "distributed": {"checkpoint", "report"},  # for the types of a plan and of a record only
     "distribution": {"checkpoint"},
     "forecast": {"checkpoint", "distribution"},

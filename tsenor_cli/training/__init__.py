@@ -1,0 +1,1 @@
+"""Training that keeps a checkpoint N:M sparse, and uses it."""
