@@ -38,6 +38,8 @@ def sparsify_for_training(
 ) -> list[Swap]:
     """Swap every Linear of `model` that 2:4 kernels can run both ways, in place, and say what became of each.
 
+    What an earlier call has swapped is looked at anew.
+
     A weight is packed when it is first used and after every change, which torch's version counter tells: in-place
     operations and optimizers of torch raise it. What writes behind it, through `.data` or as FSDP and ZeRO do, goes
     unseen until the next change that does not. Packing checks the pattern anew, as masks may have been lost: that
@@ -54,12 +56,11 @@ def sparsify_for_training(
     layers = {f"{name}.weight".lstrip("."): one for name, one in model.named_modules() if isinstance(one, nn.Linear)}
     if unknown := sorted(set(names or ()) - set(layers)):
         raise UsageError(f"no Linear has a weight {unknown[0]!r}", "give names as in named_parameters()")
+    densify(model)
     swaps = []
     for name, layer in layers.items():
-        if names is not None and name not in names:
-            swaps.append(Swap(name, None, "not selected"))
-            continue
-        kernels, reason = _choose(layer, autocast)
+        selected = names is None or name in names
+        kernels, reason = _choose(layer, autocast) if selected else (None, "not selected")
         if reason is None:
             layer.__class__ = SemiStructuredLinear
         swaps.append(Swap(name, kernels, reason))
@@ -76,7 +77,7 @@ def densify(model: nn.Module) -> None:
 
 def _choose(layer: nn.Linear, autocast: torch.dtype | None) -> tuple[str | None, str | None]:
     """Whose kernels can run a layer, and if none can, why."""
-    if type(layer) not in (nn.Linear, SemiStructuredLinear):
+    if type(layer) is not nn.Linear:
         return None, f"it is a {type(layer).__name__}, no plain Linear"
     if type(layer.weight) is not nn.Parameter:  # computed, sharded or quantised: its changes could not be seen
         return None, f"its weight is a {type(layer.weight).__name__}, no plain Parameter"
