@@ -98,7 +98,10 @@ def test_help_loads_nothing_heavy(arguments):
     subprocess.run([sys.executable, "-c", code, *arguments], check=True, capture_output=True)
 
 
-@pytest.mark.parametrize("command", [[], ["prune"], ["verify"], ["inspect"], ["eval"], ["bench"], ["bench", "masks"]])
+@pytest.mark.parametrize(
+    "command",
+    [[], ["prune"], ["verify"], ["inspect"], ["eval"], ["bench"], ["bench", "masks"], ["bench", "training"]],
+)
 def test_help_shows_its_example_on_a_line_of_its_own(command):
     arguments = [sys.executable, "-m", "tsenor_cli", *command, "--help"]
     text = subprocess.run(arguments, check=True, capture_output=True, text=True).stdout
