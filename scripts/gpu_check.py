@@ -1,12 +1,13 @@
 """What only a machine with a GPU can show: the tests on the card, parity with the CPU engine, and speed.
 
-    scripts/gpu-check [--only tests parity masks llama disk] [--device cuda:0]
+    scripts/gpu-check [--only tests parity masks llama disk training] [--device cuda:0]
 
 1. All tests marked gpu and those of the GPU kernels, on the card; it fails if none ran there.
 2. The same masks as the CPU engine, bit for bit, on random, hostile and trained weights of every float type.
 3. Seconds of a whole solve_mask on the card, checks included, for 8192×8192 scores and for all linear layers of an
    8B Llama, beside plain torch (the pipeline of the paper), torch.topk, torch's own 2:4 tiles, and copying the scores.
 4. A checkpoint of 4 GiB from disk to disk, beside a plain copy.
+5. The tests of 2:4 training on the card, and `tsenor bench training` on the layers of an 8B Llama.
 
 Prints tables; writes gpu-check.json to $OUT, or to the current directory. Under eight minutes on an H200. Exits 1 when
 something is wrong, 3 when there is no GPU.
@@ -101,11 +102,16 @@ def machine(device: torch.device) -> dict[str, Any]:
 
 
 def run_tests(_device: torch.device) -> dict[str, Any]:
-    """The kernels' own tests and those marked gpu; the variable makes a test fail that does not find the card."""
+    """The kernels' own tests and those marked gpu."""
+    gpu = ["--ignore", "tests/kernels/gpu/test_compile.py", "tests/kernels/gpu"]
+    return pytest_on_card([gpu, ["tests/test_gpu.py"]])
+
+
+def pytest_on_card(runs: list[list[str]]) -> dict[str, Any]:
+    """The last line of every run, and what is wrong; the variable makes a test fail that does not find the card."""
     command = [sys.executable, "-m", "pytest", "-q", "-o", "filterwarnings=default", "-p", "no:cacheprovider"]
     if importlib.util.find_spec("xdist"):  # most of the time is spent compiling
         command += ["-n", str(min(12, os.cpu_count() or 1))]
-    runs = [["--ignore", "tests/kernels/gpu/test_compile.py", "tests/kernels/gpu"], ["tests/test_gpu.py"]]
     wrong, lines = [], []
     for selection in runs:
         log = Path(os.environ.get("OUT", "."), f"gpu-check-{Path(selection[-1]).stem}.log")
@@ -355,12 +361,23 @@ def bench_disk(device: torch.device) -> dict[str, Any]:
     return found
 
 
+def bench_training(_device: torch.device) -> dict[str, Any]:
+    """Tests first: no figure without them."""
+    found = pytest_on_card([["-m", "gpu", "tests/bench/test_training.py", "tests/training"]])
+    command = [sys.executable, "-m", "tsenor_cli", "bench", "training"]
+    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=False)  # its table goes to our stderr
+    if done.returncode:
+        return found | {"wrong": [*found["wrong"], f"tsenor bench training ended with {done.returncode}"]}
+    return found | json.loads(done.stdout)
+
+
 STEPS: dict[str, Callable[[torch.device], Any]] = {
     "tests": run_tests,
     "parity": parity,
     "masks": bench_masks,
     "llama": bench_llama,
     "disk": bench_disk,
+    "training": bench_training,
 }
 
 if __name__ == "__main__":

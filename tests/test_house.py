@@ -18,7 +18,7 @@ MAY_IMPORT = {
     "cli": {"pipeline", "distributed", "forecast", "recipe", "checkpoint", "calibration", "report", "bench"},
     "recipe": set(),
     "calibration": {"checkpoint", "distributed", "pruners"},
-    "bench": {"masks"},
+    "bench": {"masks", "training"},
     "distributed": {"checkpoint", "report"},  # for the types of a plan and of a record only
     "distribution": {"checkpoint"},
     "forecast": {"checkpoint", "distribution"},
@@ -99,7 +99,10 @@ def test_help_loads_nothing_heavy(arguments):
     subprocess.run([sys.executable, "-c", code, *arguments], check=True, capture_output=True)
 
 
-@pytest.mark.parametrize("command", [[], ["prune"], ["verify"], ["inspect"], ["eval"], ["bench"], ["bench", "masks"]])
+@pytest.mark.parametrize(
+    "command",
+    [[], ["prune"], ["verify"], ["inspect"], ["eval"], ["bench"], ["bench", "masks"], ["bench", "training"]],
+)
 def test_help_shows_its_example_on_a_line_of_its_own(command):
     arguments = [sys.executable, "-m", "tsenor_cli", *command, "--help"]
     text = subprocess.run(arguments, check=True, capture_output=True, text=True).stdout

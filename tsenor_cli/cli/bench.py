@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections import Counter
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -10,7 +11,7 @@ import click
 
 from tsenor_cli.bench import CONTENDERS, SCORES
 from tsenor_cli.cli import console
-from tsenor_cli.cli.options import quiet_option, verbose_option
+from tsenor_cli.cli.options import DIRECTORY, device_option, quiet_option, verbose_option
 from tsenor_cli.specs import NMPattern, PruneSpec
 
 if TYPE_CHECKING:
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
     import torch
 
     from tsenor_cli.bench.measure import Comparison, Problem
+    from tsenor_cli.bench.training import Milliseconds, ShapeTimes
     from tsenor_cli.checkpoint.plan import TensorPlan
 
 _DTYPES = ("float32", "bfloat16", "float16", "float64")
@@ -26,7 +28,7 @@ _DTYPES = ("float32", "bfloat16", "float16", "float64")
 
 @click.group()
 def bench() -> None:
-    """Measure on this machine what the mask solvers take and give."""
+    """Measure on this machine what the mask solvers take and give, and what sparsity gains in training."""
 
 
 @bench.command()
@@ -96,8 +98,71 @@ def masks(
     console.emit({"schema_version": 1, "machine": machine(), "comparisons": [one.to_dict() for one in comparisons]})
 
 
+@bench.command()
+@click.argument("model", type=DIRECTORY, required=False)
+@click.option("--size", multiple=True, help="ROWSxCOLUMNS of a weight, repeatable.  [default: a layer of Llama 3.1 8B]")
+@click.option("--tokens", type=click.IntRange(1), help="In a step.  [default: 8192, or 64 on a CPU]")
+@click.option(
+    "--dtype", type=click.Choice(("bfloat16", "float16")), default="bfloat16", show_default=True, help="Of all."
+)
+@device_option
+@click.option("--repeat", type=click.IntRange(1), default=20, show_default=True, help="Rounds; the median counts.")
+@click.option("--seed", type=int, default=0, show_default=True, help="Of the random weights and inputs.")
+@quiet_option
+@verbose_option
+def training(
+    model: str | None,
+    size: tuple[str, ...],
+    tokens: int | None,
+    dtype: str,
+    device: str,
+    quiet: bool,
+    verbose: bool,
+    **rounds: Any,  # noqa: ANN401  (how often, of which random numbers)
+) -> None:
+    """Time a training step of the linear layers of MODEL: dense, sparse forward only, sparse both ways.
+
+    Sparse forward only is what row-wise 2:4 allows, both ways what a transposable mask does, on torch's kernels for a
+    CUDA GPU. Of MODEL only the shapes are taken; weights are random. Before any time is shown, the sparse products are
+    held against dense ones (exit 4 if they differ). A table goes to stderr, one JSON object to stdout.
+
+    \b
+    Example: tsenor bench training meta-llama/Llama-3.1-8B --tokens 8192 > training.json
+    """
+    if model and size:
+        raise click.UsageError("give MODEL or --size, not both")
+    sizes = Counter(_size(text) for text in size)
+    with console.stdout_reserved():
+        console.quiet_libraries(verbose=verbose)
+        import torch
+
+        from tsenor_cli.bench.machine import machine
+        from tsenor_cli.bench.training import LLAMA_8B_LAYER, time_shape, total_ms
+        from tsenor_cli.device import device_name, find_device
+
+        place = find_device(device)
+        counts = _model_shapes(model) if model else sizes or LLAMA_8B_LAYER
+        tokens = tokens or (64 if place.type == "cpu" else 8192)
+        options = {"tokens": tokens, "dtype": getattr(torch, dtype), "device": place, **rounds}
+        times = [time_shape(*one, **options) for one in counts.items()]
+        total = total_ms(times)
+        if not quiet:
+            what = model or ("these sizes" if size else "a layer of Llama 3.1 8B")
+            _show_training(times, total, f"{what}, {tokens} tokens, {dtype}, {device_name(place)}")
+    console.emit(
+        {
+            "schema_version": 1,
+            "machine": machine() | {"device": device_name(place)},
+            "tokens": tokens,
+            "dtype": dtype,
+            "shapes": [one.to_dict() for one in times],
+            "total_ms": total,
+        }
+    )
+
+
 def _size(text: str) -> tuple[int, int]:
-    match = re.fullmatch(r"([0-9]{1,6})x([0-9]{1,6})", text)
+    match = re.fullmatch(r"([1-9][0-9]{0,5})x([1-9][0-9]{0,5})", text)
     if match is None:
         raise click.BadParameter(f"{text!r} is not of the form ROWSxCOLUMNS", param_hint="--size")
     return int(match[1]), int(match[2])
@@ -131,6 +196,21 @@ def _magnitudes(item: TensorPlan) -> torch.Tensor:
     return to_matrices(item.tensor.read(), item.layout).abs().flatten(0, -2).contiguous()
 
 
+def _model_shapes(model: str) -> dict[tuple[int, int], int]:
+    """How many matrices of each shape [out, in] 2:4 would prune, experts one by one."""
+    from tsenor_cli import pipeline
+    from tsenor_cli.checkpoint.layouts import matrix_size
+
+    counts: Counter[tuple[int, int]] = Counter()
+    for item in pipeline.plan_prune(PruneSpec(model, Path("unused"), NMPattern(2, 4))).pruned:
+        assert item.layout is not None
+        out, inputs = matrix_size(item.tensor.shape, item.layout)
+        counts[out, inputs] += item.tensor.parameters // (out * inputs)
+    if not counts:
+        raise click.UsageError(f"no prunable tensor of {model} fits 2:4")
+    return counts
+
+
 def _no_noise(gap: float) -> float:
     """Rounding is no gap. One below zero can be real: masks that are not full may keep more than a full one."""
     return gap if abs(gap) > 1e-8 else 0.0
@@ -162,3 +242,35 @@ def _show(comparison: Comparison) -> None:
         f"and by duality on all (gap {parity.certified_gap:.0e}); ~ is in proportion to the blocks measured"
     )
     console.note("")
+
+
+def _show_training(times: Sequence[ShapeTimes], total: dict[str, float], what: str) -> None:
+    rows = []
+    for one in times:
+        name = f"{one.count} × {one.shape[0]}x{one.shape[1]}"
+        for way, took in _WAYS.items():
+            milliseconds: Milliseconds | None = getattr(one, took)
+            if milliseconds is not None:
+                rows.append((name, way, *_columns(milliseconds)))
+                name = ""
+    console.note(what)
+    console.table(("weights", "", "packing", "forward", "backward", "step, ms", "of dense", ""), rows)
+    for reason in dict.fromkeys(one.reason for one in times if one.reason):
+        shapes = ", ".join(f"{one.shape[0]}x{one.shape[1]}" for one in times if one.reason == reason)
+        console.note(f"{shapes}: only dense, as {reason}; sparsity gains nothing there")
+    if any(one.both_ways for one in times):
+        dense, forward_only, both_ways = total.values()
+        console.note(
+            f"a step of all {sum(one.count for one in times)} takes {dense:.4g} ms dense, {forward_only:.4g} ms sparse "
+            f"forward only ({dense / forward_only:.2f}x) and {both_ways:.4g} ms sparse both ways "
+            f"({dense / both_ways:.2f}x), packing included; every product is that of a dense one, within "
+            f"{max(one.worst_error or 0 for one in times):.0e} of the largest entry"
+        )
+
+
+_WAYS = {"dense": "dense", "sparse forward only": "forward_only", "sparse both ways": "both_ways"}
+
+
+def _columns(took: Milliseconds) -> tuple[str, ...]:
+    parts = (took.packing, took.forward, took.backward, took.step)
+    return (*(f"{part:.3f}" for part in parts), f"{took.speed_up:.2f}x", "nothing gained" if took.speed_up < 1 else "")

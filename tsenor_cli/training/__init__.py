@@ -13,16 +13,30 @@ if TYPE_CHECKING:
     from tsenor_cli.training.keeper import MaskKeeper, keep_masks
     from tsenor_cli.training.lora import MergedWeight, merge_lora
     from tsenor_cli.training.masks import model_masks
+    from tsenor_cli.training.semi_structured import Swap, densify, sparsify_for_training
 
-__all__ = ["KeepMasks", "MaskKeeper", "MergedWeight", "keep_masks", "merge_lora", "model_masks"]
+__all__ = [
+    "KeepMasks",
+    "MaskKeeper",
+    "MergedWeight",
+    "Swap",
+    "densify",
+    "keep_masks",
+    "merge_lora",
+    "model_masks",
+    "sparsify_for_training",
+]
 
 _HOMES = {
     "KeepMasks": "callback",
     "MaskKeeper": "keeper",
     "MergedWeight": "lora",
+    "Swap": "semi_structured",
+    "densify": "semi_structured",
     "keep_masks": "keeper",
     "merge_lora": "lora",
     "model_masks": "masks",
+    "sparsify_for_training": "semi_structured",
 }
 
 
