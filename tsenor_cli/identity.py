@@ -50,7 +50,7 @@ def model_identity(checkpoint: Checkpoint) -> Identity:
 
 def option_name(field: str) -> str:
     """The option of the command line that sets a field of a spec."""
-    names = {"rules": "--recipe", "update": "--no-update"}
+    names = {"rules": "--recipe", "update": "--no-update", "field": "--text-field"}
     return names.get(field) or "--" + field.replace("_", "-")
 
 

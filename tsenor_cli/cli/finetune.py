@@ -151,7 +151,7 @@ def _show(report: Report, output: Path) -> None:
     learned, losses = report.training["text"], report.training["losses"]
     rows = [
         ("learned", f"{len(losses)} steps, {amount(learned['tokens'])} tokens of {learned['source']}"),
-        ("loss", f"{losses[0][1]:.4f} → {losses[-1][1]:.4f}"),
+        ("loss", f"{losses[0]:.4f} → {losses[-1]:.4f}"),
         ("perplexity", f"{before['perplexity']:.2f} → {after['perplexity']:.2f} on {text}, {after['tokens']} tokens"),
         ("pattern", f"kept in all {report.summary.pruned_tensors} tensors"),
         ("device", report.device),

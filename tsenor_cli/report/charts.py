@@ -88,6 +88,17 @@ def _whole_decades(axes: Axes) -> None:
     axes.yaxis.set_minor_formatter(NullFormatter())
 
 
+def loss_curve(losses: Sequence[float]) -> str:
+    """The loss of every step of training, in nats per token."""
+    with mpl.rc_context(_STYLE):
+        figure, axes = _figure(margins=(0.17, 0.17, 0.97, 0.96))
+        axes.plot(range(1, len(losses) + 1), losses, color=_series_colour(0), linewidth=1)
+        axes.set(xlabel="step", ylabel="loss, nats per token")
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+        axes.grid(axis="y")
+        return _svg(figure, f"Loss of {len(losses):,} steps, from {losses[0]:.3f} to {losses[-1]:.3f}.")
+
+
 def histogram(found: Histogram) -> str:
     """Steps of the weights before and after, in standard deviations."""
     with mpl.rc_context(_STYLE):

@@ -9,7 +9,7 @@ from typing import Any
 import yaml
 
 from tsenor_cli.report.records import Report
-from tsenor_cli.specs import CalibrationSpec, PruneSpec
+from tsenor_cli.specs import CalibrationSpec, FinetuneSpec, PruneSpec
 
 RECIPE_FILE = "recipe.yaml"
 _FLAGS = ("strict", "fallback", "allow_nonfinite")
@@ -52,9 +52,22 @@ def repeat_command(report: Report) -> list[str]:
     return arguments + ([] if options["update"] else ["--no-update"])
 
 
+def finetune_command(report: Report) -> list[str]:
+    """The arguments of `tsenor` that repeat the fine-tuning of what is pruned, without an output; none without one."""
+    training = report.training
+    if training is None or report.perplexity is None:
+        return []
+    arguments = ["finetune", training["source"], "--text", training["text"]["source"]]
+    for name, value in training["options"].items():
+        if value != _default(FinetuneSpec, name):
+            arguments += [_option(name)] if value is True else [_option(name), str(value)]
+    return arguments + ([] if training["held_out"] else ["--eval", report.perplexity["after"]["source"]])
+
+
 def shell_command(report: Report) -> str:
-    """The same as a line to paste."""
-    return shlex.join(["tsenor", *repeat_command(report)])
+    """The same as lines to paste."""
+    commands = [repeat_command(report), finetune_command(report)]
+    return "\n".join(shlex.join(["tsenor", *arguments]) for arguments in commands if arguments)
 
 
 def recipe(report: Report) -> str | None:
@@ -84,4 +97,4 @@ def _default(kind: type, name: str) -> object:
 
 
 def _option(name: str) -> str:
-    return "--" + name.replace("_", "-")
+    return "--text-field" if name == "field" else "--" + name.replace("_", "-")

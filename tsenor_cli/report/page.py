@@ -22,6 +22,7 @@ _STAGES = {
     "layers": "running layers, reading, writing",
     "masks": "solving masks",
     "weights": "scores and updates",
+    "training": "fine-tuning",
     "finishing": "finishing",
 }
 
@@ -41,6 +42,7 @@ def report_page(report: Report, price_per_hour: float | None = None) -> str:
         plots=_plots({kind: [group for group in groups if group.kind == kind] for kind in kinds}),
         stages={_STAGES.get(name, name): seconds for name, seconds in report.summary.stages.items()},
         panels=charts.tile_panels(report.tile) if report.tile is not None else [],
+        losses=charts.loss_curve(report.training["losses"]) if report.training is not None else None,
         histogram=charts.histogram(report.histogram) if report.histogram is not None else None,
         skipped=_by_reason(record for record in report.tensors if record.prunable and record.action == "kept"),
         others=_by_reason(record for record in report.tensors if not record.prunable),
@@ -68,7 +70,7 @@ def what_was_done(report: Report) -> str:
         for record in report.tensors
         if record.action == "pruned"
     )
-    return "; ".join(patterns) or "nothing was pruned"
+    return ("; ".join(patterns) or "nothing was pruned") + (", fine-tuned" if report.training is not None else "")
 
 
 def _plots(lines: Mapping[str, Sequence[Group]]) -> list[tuple[str, str]]:

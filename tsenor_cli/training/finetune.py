@@ -45,7 +45,6 @@ from tsenor_cli.job import absolute
 from tsenor_cli.observer import Observer
 from tsenor_cli.report.card import training_card
 from tsenor_cli.report.costs import Costs
-from tsenor_cli.report.page import report_page
 from tsenor_cli.report.read import read_report
 from tsenor_cli.report.records import Report, TensorRecord
 from tsenor_cli.specs import FinetuneSpec
@@ -55,7 +54,7 @@ from tsenor_cli.versions import versions
 
 _MOST_HELD_OUT, _HELD_OUT_EVERY = 64, 20
 _OPTIONS = {"sequence_length", "steps", "batch_size", "accumulate", "learning_rate", "warmup", "weight_decay", "clip"}
-_OPTIONS |= {"checkpoint_activations", "seed"}
+_OPTIONS |= {"checkpoint_activations", "field", "seed"}
 
 
 @dataclass(frozen=True)
@@ -107,7 +106,7 @@ def finetune(spec: FinetuneSpec, observer: Observer | None = None) -> Report:
         write_text(staged.directory / REPORT_FILE, report.to_json())
         _verify(staged.directory, observer)
         write_text(staged.directory / CARD_FILE, training_card(job.checkpoint, report))
-        write_text(staged.directory / PAGE_FILE, report_page(report))
+        write_text(staged.directory / PAGE_FILE, _page(report))
     return report
 
 
@@ -200,7 +199,7 @@ def _write_tensor(
 def _report(
     job: _Job,
     records: list[TensorRecord],
-    losses: list[tuple[int, float]],
+    losses: list[float],
     perplexity: dict[str, Any],
     costs: Costs,
 ) -> Report:
@@ -238,6 +237,12 @@ def _verify(directory: Path, observer: Observer) -> None:
     if not found.ok:
         first = found.failures[0]
         raise CheckFailed(f"{first.where}: {first.what}", "train with a smaller --learning-rate", code="verify-failed")
+
+
+def _page(report: Report) -> str:
+    from tsenor_cli.report.page import report_page  # and with it matplotlib, which only this needs
+
+    return report_page(report)
 
 
 def _versions() -> dict[str, str]:

@@ -23,6 +23,12 @@ from tsenor_cli.observer import Observer
 from tsenor_cli.specs import FinetuneSpec
 from tsenor_cli.training.callback import KeepMasks
 
+_CHECKPOINTING = [  # the second is what transformers called it before
+    name
+    for name in ("activation_checkpointing", "gradient_checkpointing")
+    if name in TrainingArguments.__dataclass_fields__
+][:1]
+
 
 def train(
     model: PreTrainedModel,
@@ -33,7 +39,7 @@ def train(
     folder: Path,
     journal: Journal,
     observer: Observer,
-) -> list[tuple[int, float]]:
+) -> list[float]:
     """Train all weights of `model`, float32, to predict the next token of `windows`, and keep its masks.
 
     Products are in bfloat16 where the device has them (autocast); weights and moments are float32.
@@ -61,7 +67,7 @@ def train(
     saved = [folder / f"checkpoint-{note['step']}" for note in journal.notes("saved")]
     with no_progress_bar():
         trainer.train(resume_from_checkpoint=next((str(path) for path in reversed(saved) if path.is_dir()), None))
-    return [(int(entry["step"]), entry["loss"]) for entry in trainer.state.log_history if "loss" in entry]
+    return [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
 
 
 def autocasts(device: torch.device) -> bool:
@@ -72,6 +78,7 @@ def autocasts(device: torch.device) -> bool:
 def _arguments(spec: FinetuneSpec, device: torch.device, folder: Path) -> TrainingArguments:
     if device.type == "cuda":
         torch.cuda.set_device(device)  # which accelerate asks
+    checkpointing: dict[str, Any] = dict.fromkeys(_CHECKPOINTING if spec.checkpoint_activations else (), True)
     arguments = TrainingArguments(
         str(folder),
         max_steps=spec.steps,
@@ -82,7 +89,6 @@ def _arguments(spec: FinetuneSpec, device: torch.device, folder: Path) -> Traini
         warmup_steps=round(spec.warmup * spec.steps),
         weight_decay=spec.weight_decay,
         max_grad_norm=spec.clip,
-        gradient_checkpointing=spec.checkpoint_activations,
         seed=spec.seed,
         bf16=autocasts(device),
         use_cpu=device.type == "cpu",
@@ -92,6 +98,7 @@ def _arguments(spec: FinetuneSpec, device: torch.device, folder: Path) -> Traini
         logging_steps=1,
         report_to="none",
         disable_tqdm=True,
+        **checkpointing,
     )
     arguments._n_gpu = min(arguments.n_gpu, 1)  # noqa: SLF001  (with more it would split batches among all)
     return arguments

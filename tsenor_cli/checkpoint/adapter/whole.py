@@ -47,10 +47,10 @@ def weights_on_disk(model: PreTrainedModel, checkpoint: Checkpoint) -> Iterator[
         InputRefused: one of them cannot be found in the model.
     """
     state = {name: tensor.detach() for name, tensor in model.state_dict().items()}
-    state |= revert_weight_conversion(model, dict(state))
-    for name in keys_in_model(model, checkpoint.tensors):
-        tensor, found = checkpoint.tensors[name], state.get(name)
-        if found is None or found.shape != tensor.shape:
+    reverted = revert_weight_conversion(model, dict(state))
+    for name, key in keys_in_model(model, checkpoint.tensors).items():
+        tensor, found = checkpoint.tensors[name], reverted.get(name, state[key])  # it does not revert every renaming
+        if found.shape != tensor.shape:
             raise InputRefused(
                 f"{name} cannot be taken out of {type(model).__name__}",
                 "train it with keep_masks, and save it as you do",

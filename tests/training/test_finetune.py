@@ -1,0 +1,213 @@
+"""`tsenor finetune`: the pattern holds, interruptions cost nothing, the output lies as the input did."""
+
+from __future__ import annotations
+
+import json
+import random
+import shutil
+
+import pytest
+import torch
+from checkpoints import add_tokenizer, make_checkpoint, read_shards
+
+import tsenor_cli.training.finetune
+import tsenor_cli.training.trainer
+from tsenor_cli.checkpoint.adapter.whole import load_model
+from tsenor_cli.checkpoint.reader import open_checkpoint
+from tsenor_cli.errors import CheckFailed, InputRefused
+from tsenor_cli.observer import Observer
+from tsenor_cli.pipeline import finetune, prune, verify
+from tsenor_cli.specs import FinetuneSpec, NMPattern, PruneSpec
+
+PATTERN = NMPattern(2, 4)
+ARCHITECTURES = ["llama", "gpt2", "qwen3_moe", "gpt_oss"]  # plain, renamed and transposed, joined experts, fused ones
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory):
+    path = tmp_path_factory.mktemp("text") / "text.txt"
+    letters = random.Random(0)
+    path.write_text(" ".join("".join(letters.choices("abcdefgh ijklmnop,.", k=7)) for _ in range(400)))
+    return path
+
+
+@pytest.fixture(scope="module")
+def sparse(tmp_path_factory):
+    folder, made = tmp_path_factory.mktemp("sparse"), {}
+
+    def pruned(name):
+        if name not in made:
+            dense = add_tokenizer(make_checkpoint(name, folder / f"{name}-dense"))
+            prune(PruneSpec(str(dense), folder / name, PATTERN))
+            made[name] = folder / name
+        return made[name]
+
+    return pruned
+
+
+def spec(model, output, text, **options):
+    given = {"sequence_length": 16, "steps": 6, "batch_size": 2, "learning_rate": 1e-2, "save_every": 2, **options}
+    return FinetuneSpec(str(model), output, str(text), **given)
+
+
+def tensors(directory):
+    return {name: tensor for shard in read_shards(directory).values() for name, tensor in shard.items()}
+
+
+def zeros(tensor):
+    return tensor == 0
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_the_pattern_and_the_layout_hold(architecture, sparse, text, tmp_path):
+    source = sparse(architecture)
+    report = finetune(spec(source, tmp_path / "out", text, accumulate=2, weight_decay=0.1, clip=0.5))
+    assert verify(str(tmp_path / "out")).ok
+    before, after = tensors(source), tensors(tmp_path / "out")
+    facts = {name: (tensor.dtype, tensor.shape) for name, tensor in before.items()}
+    assert facts == {name: (tensor.dtype, tensor.shape) for name, tensor in after.items()}
+    assert [file.name for file in sorted(source.iterdir())] == [
+        file.name for file in sorted((tmp_path / "out").iterdir())
+    ]
+    pruned = [record.name for record in report.tensors if record.action == "pruned" and "mtp" not in record.name]
+    for name in pruned:
+        assert torch.equal(zeros(before[name]), zeros(after[name]))
+        assert not torch.equal(before[name], after[name])
+    assert report.perplexity["after"]["perplexity"] < report.perplexity["before"]["perplexity"]
+    assert len(report.training["losses"]) == 6
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("architecture", ["llama", "qwen3_moe"])
+def test_what_transformers_loads_is_what_was_trained(architecture, sparse, text, tmp_path, monkeypatch):
+    trained = {}
+
+    def train(model, *arguments):
+        losses = tsenor_cli.training.trainer.train(model, *arguments)
+        trained.update({name: tensor.clone() for name, tensor in model.state_dict().items()})
+        return losses
+
+    monkeypatch.setattr("tsenor_cli.training.finetune.train", train)
+    finetune(spec(sparse(architecture), tmp_path / "out", text))
+    loaded = load_model(open_checkpoint(tmp_path / "out"))
+    for name, tensor in loaded.state_dict().items():
+        assert torch.equal(tensor.to(torch.bfloat16), trained[name].to(torch.bfloat16))
+
+
+class _Stops(Observer):
+    def __init__(self, step):
+        self._step = step
+
+    def trained(self, step, _steps, _loss):
+        if step == self._step:
+            raise KeyboardInterrupt
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("step", [1, 3, 5])
+def test_an_interrupted_run_goes_on_to_the_same_bytes(step, sparse, text, tmp_path):
+    source = sparse("llama")
+    whole = finetune(spec(source, tmp_path / "whole", text))
+    with pytest.raises(KeyboardInterrupt):
+        finetune(spec(source, tmp_path / "out", text), _Stops(step))
+    assert not (tmp_path / "out").exists()
+    seen = []
+
+    class Seen(Observer):
+        def trained(self, step, _steps, _loss):
+            seen.append(step)
+
+    resumed = finetune(spec(source, tmp_path / "out", text, resume=True), Seen())
+    assert seen[0] == (step - 1) // 2 * 2 + 1  # after the last whole checkpoint
+    assert resumed.training == whole.training
+    assert resumed.identity == whole.identity
+    for file in read_shards(tmp_path / "whole"):
+        assert (tmp_path / "whole" / file).read_bytes() == (tmp_path / "out" / file).read_bytes()
+    assert not list(tmp_path.glob("*partial*"))
+
+
+def test_a_lost_pattern_is_no_output(sparse, text, tmp_path, monkeypatch):
+    def train(model, *_):
+        with torch.no_grad():
+            model.get_parameter("model.layers.0.mlp.up_proj.weight").fill_(1)
+        return [1.0]
+
+    monkeypatch.setattr("tsenor_cli.training.finetune.train", train)
+    with pytest.raises(CheckFailed, match=r"up_proj\.weight: .* weights that the mask drops are not zero"):
+        finetune(spec(sparse("llama"), tmp_path / "out", text))
+    assert not list(tmp_path.glob("out*"))
+
+
+def test_a_diverged_model_is_no_output(sparse, text, tmp_path, monkeypatch):
+    def train(model, *_):
+        with torch.no_grad():
+            model.get_parameter("model.layers.0.mlp.up_proj.weight").mul_(torch.inf).nan_to_num_(0, torch.inf)
+        return [1.0]
+
+    monkeypatch.setattr("tsenor_cli.training.finetune.train", train)
+    with pytest.raises(Exception, match="not finite"):
+        finetune(spec(sparse("llama"), tmp_path / "out", text))
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_weight_that_would_not_come_back_is_refused(sparse, text, tmp_path, monkeypatch):
+    from tsenor_cli.checkpoint.adapter import whole
+
+    monkeypatch.setattr(whole, "revert_weight_conversion", lambda _model, state: {k: v + 1 for k, v in state.items()})
+    with pytest.raises(InputRefused, match="does not come back from transformers as it went in"):
+        finetune(spec(sparse("llama"), tmp_path / "out", text))
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.usefixtures("real_page")
+def test_at_the_command_line(tsenor, sparse, text, tmp_path):
+    out = tmp_path / "out"
+    options = ["--steps", 4, "--batch-size", 2, "--sequence-length", 16, "--eval", text, "-o", out]
+    done = tsenor("finetune", sparse("llama"), "--text", text, *options, "--json")
+    assert done.code == 0, done.err
+    report = json.loads(done.out)
+    assert (
+        report["training"]["pruning"]["identity"]
+        == json.loads((sparse("llama") / "tsenor-report.json").read_text())["identity"]
+    )
+    assert "Traceback" not in done.err
+    assert tsenor("verify", out).code == 0
+    against = tsenor("verify", out, "--against", sparse("llama"))
+    assert against.code == 0, against.err
+    assert "fine-tuned, in the shapes of" in against.out
+    again = tsenor("finetune", sparse("llama"), "--text", text, *options)
+    assert (again.code, again.out) == (5, "")
+    assert "[output-exists]" in again.err
+    assert tsenor("finetune", sparse("llama"), "--text", text, *options, "--resume", "-q").out == f"{out}\n"
+    assert tsenor("report", out, "-o", tmp_path / "page.html").code == 0
+    page = (tmp_path / "page.html").read_text()
+    assert "transposable, magnitude, fine-tuned" in page
+    assert (
+        f"tsenor finetune {sparse('llama')} --text {text} --batch-size 2 --sequence-length 16 --steps 4 --eval {text}"
+        in page
+    )
+    assert tsenor("finetune", out, "--text", text, *options[:-1], tmp_path / "second", "-q").code == 0
+
+
+def test_what_is_refused(tsenor, sparse, text, tmp_path, monkeypatch):
+    def refused(model, *options):
+        done = tsenor("finetune", model, "--text", text, "-o", tmp_path / "out", *options)
+        assert done.out == ""
+        assert len(done.err.splitlines()) == 1
+        assert not list(tmp_path.glob("out*"))
+        return done.code, done.err
+
+    plain = shutil.copytree(sparse("llama"), tmp_path / "plain")
+    (plain / "tsenor-report.json").unlink()
+    assert refused(plain)[0] == 3
+    code, error = refused(sparse("llama"), "--sequence-length", 32, "--text", tmp_path / "none.txt")
+    assert code == 3
+    (tmp_path / "short.txt").write_text("a" * 40)
+    code, error = refused(sparse("llama"), "--sequence-length", 32, "--text", tmp_path / "short.txt")
+    assert code == 3
+    assert "[too-few-tokens]" in error
+    monkeypatch.setattr("tsenor_cli.training.finetune.find_spec", lambda _name: None)
+    code, error = refused(sparse("llama"))
+    assert code == 2
+    assert "pip install 'tsenor[train]'" in error
