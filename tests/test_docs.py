@@ -68,9 +68,10 @@ def test_the_example_of_the_readme_runs():
 
 
 def test_the_examples_of_integrations_run(tsenor, llama):
-    assert tsenor("prune", llama, "--nm", "2:4", "-o", "llama-2of4-transposable").code == 0
+    assert tsenor("prune", llama, "--nm", "2:4", "--save-masks", "-o", "llama-2of4-transposable").code == 0
     names = {}
-    assert run_examples("docs/integrations.md", names) == 2
+    assert run_examples("docs/integrations.md", names) == 3
+    assert names["masks"].keys() == names["sparse"]
     assert len(names["sparse"]) == 14  # seven in each of two layers
 
 

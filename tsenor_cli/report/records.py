@@ -6,7 +6,7 @@ import json
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-SCHEMA_VERSION = 5
+SCHEMA_VERSION = 6
 
 
 @dataclass(frozen=True)
@@ -27,6 +27,7 @@ class TensorRecord:
     transposable: bool | None = None
     method: str | None = None
     fallbacks: list[str] | None = None  # why parts of it were pruned by magnitude instead
+    mask_sha256: str | None = None  # of its packed mask in the output, if masks are saved
     zeros: int | None = None
     energy: float | None = None  # Σ w² of the input
     kept_energy: float | None = None  # Σ w² of the output / energy
