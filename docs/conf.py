@@ -18,6 +18,7 @@ CONTENTS = {
     "How to": {
         "Pruning with calibration": "calibration",
         "What happens to a checkpoint": "checkpoints",
+        "Fine-tuning": "fine-tuning",
         "Reading reports": "reports",
         "In a terminal": "terminal",
         "CI and pipelines": "ci",

@@ -121,7 +121,7 @@ CASES = [
 @pytest.mark.parametrize(("model", "method", "transposable"), CASES)
 def test_bytes_do_not_depend_on_the_number_of_processes(models, text, tmp_path, model, method, transposable):
     """Five batches, so that some processes have one more; the four are on two machines."""
-    spec = PruneSpec(str(models(model)), tmp_path / "1", NMPattern(2, 4, transposable), method=method)
+    spec = PruneSpec(str(models(model)), tmp_path / "1", NMPattern(2, 4, transposable), method=method, save_masks=True)
     if method != "magnitude":
         length = 32
         calibration = CalibrationSpec(str(text), samples=5 * (2048 // length) - 3, sequence_length=length)
@@ -190,7 +190,7 @@ main()
 def test_a_process_is_killed_and_torchrun_starts_anew(models, text, tmp_path, method, victim):
     options = [str(models("llama")), "--nm", "2:4", "--method", method]
     if method != "magnitude":
-        options += ["--calibration", str(text), "--samples", "70", "--sequence-length", "32"]
+        options += ["--calibration", str(text), "--samples", "70", "--sequence-length", "32", "--save-masks"]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     tsenor = [sys.executable, "-m", "tsenor_cli"]
     subprocess.run([*tsenor, "prune", *options, "-q", "-o", tmp_path / "whole"], check=True, env=environment)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+from dataclasses import replace
 
 import pytest
 from crash.harness import content
@@ -16,17 +17,17 @@ from tsenor_cli.specs import NMPattern, Part, PruneSpec
 @pytest.fixture
 def spec(llama, tmp_path):
     (llama / "README.md").write_text("---\nlicense: mit\n---\n\n# Tiny\n")
-    return PruneSpec(str(llama), tmp_path / "out", NMPattern(2, 4))
+    return PruneSpec(str(llama), tmp_path / "out", NMPattern(2, 4), save_masks=True)
 
 
 def make_parts(spec, count, numbers=None):
     for number in numbers or range(1, count + 1):
-        prune(PruneSpec(spec.model, spec.output, spec.pattern, part=Part(number, count)))
+        prune(replace(spec, part=Part(number, count)))
 
 
 @pytest.mark.parametrize("count", [1, 3, 6])  # of four shards
 def test_the_bytes_of_one_run(spec, tmp_path, count):
-    prune(PruneSpec(spec.model, tmp_path / "whole", spec.pattern))
+    prune(replace(spec, output=tmp_path / "whole"))
     make_parts(spec, count)
     report = merge(spec.output)
     merged, whole = content(spec.output), content(tmp_path / "whole")
@@ -79,6 +80,10 @@ def test_what_cannot_be_merged(tsenor, spec, tmp_path):
     shard.rename(tmp_path / "aside")
     fails(tsenor("merge", spec.output), 3, shard.name)
     (tmp_path / "aside").rename(shard)
+    (masks, *_) = (tmp_path / "out.part-2-of-3" / "tsenor-masks").iterdir()
+    masks.rename(tmp_path / "aside")
+    fails(tsenor("merge", spec.output), 3, "tensors and masks that their reports name", "[parts-differ]")
+    (tmp_path / "aside").rename(masks)
     spec.output.mkdir()
     fails(tsenor("merge", spec.output), 5, "exists")
     done = tsenor("merge", spec.output, "--overwrite")

@@ -58,13 +58,14 @@ def specs(model, text, tmp_path):
     """What can be resumed, by name."""
     free = PruneSpec(str(model), tmp_path / "out", NMPattern(2, 4))
     calibration = CalibrationSpec(str(text), samples=4, sequence_length=16)
-    calibrated = replace(free, method="sparsegpt", calibration=calibration)
+    calibrated = replace(free, method="sparsegpt", calibration=calibration, save_masks=True)
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text(
         "nm: 2:4\nrules:\n- {match: '*.mlp.*', method: wanda}\n- {match: '*.0.self_attn.*', skip: true}\n"
     )
     found = load_recipe(recipe)
     mixed = replace(free, rules=found.rules, method="magnitude", calibration=calibration, eval_text=str(text))
+    mixed = replace(mixed, save_masks=True)
     return {"data-free": free, "calibrated": calibrated, "mixed, and evaluated": mixed}
 
 
@@ -127,6 +128,7 @@ def interrupted(spec):
         ({"ignore": ("lm_head",)}, '--ignore was [] and is ["lm_head"]'),
         ({"damping": 0.1}, "--damping was 0.01 and is 0.1"),
         ({"update": False}, "--no-update was true and is false"),
+        ({"save_masks": False}, "--save-masks was true and is false"),
         ({"solver": "entropic"}, '--solver was "exact" and is "entropic"'),
     ],
 )
@@ -179,15 +181,17 @@ def test_where_the_model_lies_does_not_matter(specs, tmp_path):
     assert json.loads((spec.output / "tsenor-report.json").read_text())["model"]["source"] == str(model)
 
 
+@pytest.mark.parametrize("folder", [".", "tsenor-masks"])
 @pytest.mark.parametrize("damage", ["a flipped bit", "zeros", "cut short"])
-def test_what_the_journal_says_is_not_believed_before_the_bytes_are_right(specs, tmp_path, damage):
+def test_what_the_journal_says_is_not_believed_before_the_bytes_are_right(specs, tmp_path, damage, folder):
     """After a power cut the journal may be ahead of the tensors that it speaks of."""
-    spec = specs["data-free"]
+    spec = replace(specs["data-free"], save_masks=True)
     prune(replace(spec, output=tmp_path / "whole"))
     spec = interrupted(spec)
     partial = Path(f"{spec.output}.tsenor-partial")
-    first = json.loads((partial / "journal").read_text().splitlines()[1])["tensor"]
-    shard = partial / "checkpoint" / first["file"]
+    notes = (json.loads(line)["tensor"] for line in (partial / "journal").read_text().splitlines()[1:])
+    first = next(note for note in notes if note["action"] == "pruned")
+    shard = partial / "checkpoint" / folder / first["file"]
     raw = bytearray(shard.read_bytes())
     start = int.from_bytes(raw[:8], "little") + 8
     if damage == "a flipped bit":

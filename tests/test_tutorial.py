@@ -59,15 +59,17 @@ def commands(page):
 
 
 @pytest.mark.slow
-def test_the_tutorial(shell):
+@pytest.mark.parametrize("page", ["docs/tutorial.md", "docs/fine-tuning.md"])
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")  # peft asks for it
+def test_the_tutorials(page, shell):
     short = f"python {ROOT}/scripts/make_demo_checkpoint.py demo --steps 3"
-    found = list(commands("docs/tutorial.md"))
+    found = list(commands(page))
     assert SCRIPT in [command for command, _ in found]
     checker = doctest.OutputChecker()
     for command, expected in found:
         if command == SKIPPED:
             continue
-        code, out, err = shell(short if command == SCRIPT else command)
+        code, out, err = shell(short if command == SCRIPT else command.replace("--steps 200", "--steps 2"))
         if "[output-exists]" in expected:
             assert code == 5, command
             out = err
@@ -75,8 +77,9 @@ def test_the_tutorial(shell):
             assert code == 0, f"{command}\n{out}{err}"
         flags = doctest.ELLIPSIS | doctest.NORMALIZE_WHITESPACE
         assert not expected or checker.check_output(expected, out.strip(), flags), f"{command}\n{out}"
-    for example in blocks("docs/tutorial.md", "python"):
-        exec(compile(example, "docs/tutorial.md", "exec"), {})
+    names = {}
+    for example in blocks(page, "python"):
+        exec(compile(example, page, "exec"), names)
 
 
 def usage(page):
@@ -91,6 +94,7 @@ README_NAMES = {
     "MODEL": "model",
     "prune … --shard": "prune model --nm 4:8 --shard",
     "prune … --resume": "prune model --nm 2:4 --resume",
+    "finetune DIR --text FILE": "finetune model-2of4-transposable --text eval.txt --steps 1 --sequence-length 16",
     "DIR --text FILE": "model-2of4-transposable --text eval.txt --sequence-length 16",
     "DIR...": "model-2of4-transposable model-8of16-transposable",
     "DIR": "model-2of4-transposable",

@@ -94,7 +94,8 @@ def forecast(plan: Plan, rates: Rates, nodes: Sequence[Sequence[int]] = ((0,),),
     slowest = shares.index(max(shares))
     machine = next(ranks for ranks in nodes if slowest in ranks)
     own = [item for item in plan.tensors if writers[item.tensor.name] == slowest]
-    stages = _streaming(own, rates, len(machine)) | _calibrating(plan, rates, size, tokens)
+    mask_bytes = {mask.name: mask.nbytes for file in plan.masks for mask in file.tensors}
+    stages = _streaming(own, mask_bytes, rates, len(machine)) | _calibrating(plan, rates, size, tokens)
     calibrated, nbytes = plan.calibrated, sum(item.tensor.nbytes for item in plan.tensors)
     return Forecast(
         rates=rates,
@@ -106,20 +107,23 @@ def forecast(plan: Plan, rates: Rates, nodes: Sequence[Sequence[int]] = ((0,),),
         largest_tensor=max(own, key=lambda item: item.tensor.nbytes).tensor.name if own else "",
         peak_memory_bytes=plan.peak_bytes,
         read_bytes=nbytes * (1 + 2 * size * calibrated),  # each process loads each layer twice
-        written_bytes=nbytes,
-        network_bytes=_network(plan, size, tokens) if calibrated else 0,
+        written_bytes=nbytes + sum(mask_bytes.values()),
+        network_bytes=_network(plan, mask_bytes, size, tokens) if calibrated else 0,
     )
 
 
-def _streaming(items: Sequence[TensorPlan], rates: Rates, beside: int) -> dict[str, float]:
+def _streaming(
+    items: Sequence[TensorPlan], mask_bytes: Mapping[str, int], rates: Rates, beside: int
+) -> dict[str, float]:
     """Seconds to read, solve, hash and write tensors, when `beside` processes share a disk."""
     nbytes = sum(item.tensor.nbytes for item in items)
+    written = nbytes + sum(mask_bytes.get(item.tensor.name, 0) for item in items)
     solving = [(item.choice.pattern, item.tensor.parameters) for item in items if item.pruned and item.choice]
     return {
         "reading": nbytes * beside / rates.read,
         "masks": sum(rates.seconds_to_solve(pattern, weights) for pattern, weights in solving),
-        "hashing": nbytes / rates.hash,
-        "writing": nbytes * beside / rates.write,
+        "hashing": written / rates.hash,
+        "writing": written * beside / rates.write,
     }
 
 
@@ -159,10 +163,12 @@ def _update(item: TensorPlan) -> float:
     return item.tensor.parameters / (out * inputs) * (factor * inputs**3 + update * out * inputs**2)
 
 
-def _network(plan: Plan, size: int, tokens: int) -> int:
-    """Bytes that processes hand each other: inputs to all of them, and pruned weights."""
+def _network(plan: Plan, mask_bytes: Mapping[str, int], size: int, tokens: int) -> int:
+    """Bytes that processes hand each other: inputs and pruned weights to all of them, masks to who writes them."""
     inside = [item for item in plan.pruned if item.layer is not None]
-    return (size - 1) * (sum(_widths(inside).values()) * 2 * tokens + sum(item.tensor.nbytes for item in inside))
+    to_each = sum(_widths(inside).values()) * 2 * tokens + sum(item.tensor.nbytes for item in inside)
+    masks = sum(mask_bytes.get(item.tensor.name, 0) for item in inside)
+    return (size - 1) * to_each + masks * (size - 1) // size
 
 
 def _widths(items: Sequence[TensorPlan]) -> dict[Site, int]:

@@ -15,14 +15,15 @@ from itertools import groupby
 from math import prod
 from operator import attrgetter
 from pathlib import Path
-from typing import NamedTuple, TypeAlias
+from typing import NamedTuple
 
 import torch
 
 from tsenor_cli.calibration.replay import Replay, batches
 from tsenor_cli.calibration.statistics import Collector
 from tsenor_cli.checkpoint.adapter.skeleton import Skeleton
-from tsenor_cli.checkpoint.layouts import from_matrices, matrix_size, to_matrices
+from tsenor_cli.checkpoint.layouts import Layout, from_matrices, matrix_size, to_matrices
+from tsenor_cli.checkpoint.maskfile import pack_mask, packed_shape, unpack_mask
 from tsenor_cli.checkpoint.plan import Plan, TensorPlan
 from tsenor_cli.checkpoint.site import Site
 from tsenor_cli.checkpoint.writer import OutputShards, as_bytes
@@ -59,7 +60,13 @@ class _Unit(NamedTuple):
         return 100 * out * inputs + updates * out * inputs**2 + factorisations * inputs**3
 
 
-_Pruned: TypeAlias = tuple[_Unit, torch.Tensor, Tally]  # what has become of a matrix [out, in], on the CPU
+class _Pruned(NamedTuple):
+    """What has become of a matrix, on the CPU."""
+
+    unit: _Unit
+    weight: torch.Tensor  # [out, in]
+    mask: torch.Tensor | None  # packed, if masks are saved and this process has use for it
+    tally: Tally
 
 
 class Layerwise:
@@ -182,7 +189,7 @@ class Layerwise:
         pruned = self._prune([unit for unit in units if owners[unit] == self._team.rank], stats)
         if self._team.size > 1:
             pruned = self._exchanged(list(pruned), units, owners)
-        for item, parts in groupby(pruned, key=lambda part: part[0].item):
+        for item, parts in groupby(pruned, key=lambda part: part.unit.item):
             yield item, *self._put_together(item, parts)
 
     def _prune(self, units: list[_Unit], stats: dict[Site, InputStats]) -> Iterator[_Pruned]:
@@ -199,37 +206,46 @@ class Layerwise:
                 there = matrices[unit.number].to(self._device)
                 layer, fallback = self._prune_matrix(item, unit.site, there, stats)
                 tally.add(there, layer, time.perf_counter() - started, fallback)
-                yield unit, layer.weight.to(CPU), tally
+                saved = self._shards.mask_of(item.tensor) is not None
+                mask = pack_mask(layer.solution.mask).to(CPU) if saved else None
+                yield _Pruned(unit, layer.weight.to(CPU), mask, tally)
                 stats = {site: found for site, found in stats.items() if last.get(id(found)) != unit}
 
     def _exchanged(self, own: list[_Pruned], units: list[_Unit], owners: Mapping[_Unit, int]) -> Iterator[_Pruned]:
         """What all processes have pruned, in the order of `units`."""
         mine = iter(own)
-        tallies = [iter(part) for part in self._team.gather([tally for _, _, tally in own])]
+        tallies = [iter(part) for part in self._team.gather([pruned.tally for pruned in own])]
         for unit in units:
-            owner = owners[unit]
-            matrix = next(mine)[1] if owner == self._team.rank else None
-            like = unit.size, unit.item.tensor.torch_dtype
-            given = self._team.give(matrix, like, CPU, owner, range(self._team.size))
+            owner, tensor = owners[unit], unit.item.tensor
+            pruned = next(mine) if owner == self._team.rank else None
+            like = unit.size, tensor.torch_dtype
+            given = self._team.give(pruned and pruned.weight, like, CPU, owner, range(self._team.size))
             assert given is not None
-            yield unit, given, next(tallies[owner])
+            mask = None
+            if self._shards.mask_of(tensor) is not None:
+                like = packed_shape(unit.size), torch.uint8
+                mask = self._team.give(pruned and pruned.mask, like, CPU, owner, [self._writers[tensor.name]])
+            yield _Pruned(unit, given, mask, next(tallies[owner]))
 
     def _put_together(self, item: TensorPlan, parts: Iterable[_Pruned]) -> tuple[torch.Tensor, TensorRecord | None]:
         """The pruned tensor as it is on disk, and its record if this process writes it."""
         assert item.layout is not None
         shape = to_matrices(torch.empty(item.tensor.shape, device="meta"), item.layout).shape
         pruned, tally = torch.empty(shape, dtype=item.tensor.torch_dtype), Tally()
-        matrices = pruned.view(-1, *shape[-2:])
-        for unit, matrix, part in parts:
-            matrices[unit.number].copy_(matrix)
-            tally.merge(part)
+        matrices, masks = pruned.view(-1, *shape[-2:]), []
+        for part in parts:
+            matrices[part.unit.number].copy_(part.weight)
+            masks.append(part.mask)
+            tally.merge(part.tally)
         result = from_matrices(pruned, item.layout).contiguous()
         if self._writers[item.tensor.name] != self._team.rank:
             return result, None
-        with self._shards.place_of(item.tensor) as place:
+        with self._shards.places_of(item.tensor) as (place, mask_place):
             place.write(as_bytes(result))
+            if mask_place is not None:
+                mask_place.write(as_bytes(_mask_on_disk(masks, shape, item.layout)))
         self._observer.advanced(item.tensor.name, item.tensor.nbytes)
-        return result, tally.record(item, place.sha256())
+        return result, tally.record(item, place.sha256(), None if mask_place is None else mask_place.sha256())
 
     def _prune_matrix(
         self, item: TensorPlan, site: Site | None, weight: torch.Tensor, stats: dict[Site, InputStats]
@@ -259,6 +275,15 @@ class Layerwise:
     def _pruner(self, item: TensorPlan) -> Pruner:
         assert item.choice is not None
         return self._pruners[item.choice.method]
+
+
+def _mask_on_disk(packed: list[torch.Tensor | None], shape: torch.Size, layout: Layout) -> torch.Tensor:
+    """The packed mask of a tensor as it is on disk, of those of its matrices; `shape` is that of all, [.., out, in]."""
+    mask = torch.empty(shape, dtype=torch.bool)
+    for matrix, part in zip(mask.view(-1, *shape[-2:]), packed, strict=True):
+        assert part is not None, "the writer of a tensor gets its masks"
+        matrix.copy_(unpack_mask(part, matrix.shape))
+    return pack_mask(from_matrices(mask, layout))
 
 
 def _return_freed_memory() -> None:

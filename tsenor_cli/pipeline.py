@@ -17,9 +17,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from tsenor_cli.checkpoint.journal import Journal
+from tsenor_cli.checkpoint.maskfile import saved_masks
 from tsenor_cli.checkpoint.parts import bring_together, find_parts
 from tsenor_cli.checkpoint.plan import Plan
-from tsenor_cli.checkpoint.reader import Checkpoint, open_checkpoint
+from tsenor_cli.checkpoint.reader import Checkpoint, DiskTensor, open_checkpoint
 from tsenor_cli.checkpoint.remote import fetched
 from tsenor_cli.checkpoint.source import resolve_checkpoint
 from tsenor_cli.checkpoint.staging import Staged, joined_output, staged_output
@@ -113,7 +114,7 @@ def prune(spec: PruneSpec, observer: Observer | None = None, team: Team | None =
             costs.spent("perplexity")
         writers = share_out(job.plan, team.nodes)
         mine = {name for name, rank in writers.items() if rank == team.rank}
-        shards = team.in_turn(lambda: OutputShards(job.plan.checkpoint, staged.directory, mine))
+        shards = team.in_turn(lambda: OutputShards(job.plan.checkpoint, staged.directory, mine, job.plan.masks))
         records = _finished(staged.journal, job.plan, shards, observer, mine)
         if records:
             costs.spent("resuming")
@@ -214,9 +215,11 @@ def merge(output: Path, *, overwrite: bool = False) -> Report:
     with staged_output(output, identity, overwrite=overwrite, resume=False) as staged:
         bring_together(parts, staged.directory, left_out=(REPORT_FILE,))
         merged = open_checkpoint(staged.directory, report.model["revision"])
-        if merged.tensors.keys() != {record.name for record in report.tensors}:
+        tensors = {record.name for record in report.tensors}
+        masks = {record.name for record in report.tensors if record.mask_sha256 is not None}
+        if merged.tensors.keys() != tensors or saved_masks(merged).keys() != masks:
             raise InputRefused(
-                f"the parts of {output} do not have the tensors that their reports name",
+                f"the parts of {output} do not have the tensors and masks that their reports name",
                 "they are damaged: make them again",
                 code="parts-differ",
             )
@@ -297,10 +300,15 @@ def _finished(
     found = {}
     for record in (TensorRecord(**facts) for facts in journal.notes("tensor")):
         tensor = plan.by_name[record.name].tensor
-        if record.name in mine and record.name not in found and shards.has(tensor, record.sha256):
+        if record.name in mine and record.name not in found and _is_there(record, tensor, shards):
             observer.advanced(record.name, tensor.nbytes)
             found[record.name] = record
     return found
+
+
+def _is_there(record: TensorRecord, tensor: DiskTensor, shards: OutputShards) -> bool:
+    mask = shards.mask_of(tensor)
+    return shards.has(tensor, record.sha256) and (mask is None or shards.has(mask, record.mask_sha256))
 
 
 def _written(

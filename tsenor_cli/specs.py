@@ -165,6 +165,7 @@ class PruneSpec:
     fallback: bool = False  # let plain torch solve masks on a GPU that a kernel does not compile for
     allow_nonfinite: bool = False  # copy tensors with NaN or infinite weights instead of refusing them
     stream_input: bool = False  # fetch a hub checkpoint shard by shard and keep none of it
+    save_masks: bool = False  # beside the weights (checkpoint/maskfile.py)
     part: Part | None = None  # make this part of the output only, for `merge`
     overwrite: bool = False
     resume: bool | None = None  # go on with what an interrupted run left, or start over; None refuses to choose

@@ -18,6 +18,7 @@ from typing import TypeAlias
 import torch
 
 from tsenor_cli.checkpoint.layouts import from_matrices, to_matrices
+from tsenor_cli.checkpoint.maskfile import pack_mask
 from tsenor_cli.checkpoint.plan import Plan, TensorPlan, bands
 from tsenor_cli.checkpoint.reader import COPY_BYTES
 from tsenor_cli.checkpoint.writer import OutputShards, Place, as_bytes
@@ -47,7 +48,7 @@ class _Part:
     ends: bool  # the tensor ends with it
 
 
-_Pruned: TypeAlias = tuple[_Part, _Content, Tally]  # as it goes to disk, and what happened to it
+_Pruned: TypeAlias = tuple[_Part, _Content, _Content | None, Tally]  # as it goes to disk, its mask, what happened to it
 
 
 class Streaming:
@@ -104,21 +105,22 @@ class Streaming:
 
     def _prune(self, part: _Part, content: torch.Tensor | bytearray) -> _Pruned:
         if isinstance(content, bytearray):
-            return part, content, Tally()
-        pruned, tally = self._prune_band(part.item, content)
-        return part, as_bytes(pruned), tally
+            return part, content, None, Tally()
+        pruned, mask, tally = self._prune_band(part.item, content)
+        return part, as_bytes(pruned), None if mask is None else as_bytes(mask), tally
 
     def _prune_on_gpu(self, stream: torch.cuda.Stream, part: _Part) -> _Pruned:
         if not part.item.pruned:
             return self._prune(*self._read(part))
         with torch.cuda.stream(stream):
             band = part.item.tensor.read(part.first, part.last, pinned=True).to(self._device, non_blocking=True)
-            pruned, tally = self._prune_band(part.item, band)
-            back = torch.empty(pruned.shape, dtype=pruned.dtype, pin_memory=True).copy_(pruned, non_blocking=True)
+            pruned, mask, tally = self._prune_band(part.item, band)
+            back, mask_back = _brought_back(pruned), None if mask is None else _brought_back(mask)
             stream.synchronize()
-        return part, as_bytes(back), tally
+        return part, as_bytes(back), None if mask_back is None else as_bytes(mask_back), tally
 
-    def _prune_band(self, item: TensorPlan, band: torch.Tensor) -> tuple[torch.Tensor, Tally]:
+    def _prune_band(self, item: TensorPlan, band: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None, Tally]:
+        """The band as it is on disk, its packed mask if that is saved, and what happened to it."""
         assert item.layout is not None
         assert item.choice is not None
         check_finite(item, band)
@@ -126,7 +128,9 @@ class Streaming:
         started = time.perf_counter()
         layer = self._pruners[item.choice.method].prune(weight, self._solvers[item.choice.pattern])
         tally.add(weight, layer, time.perf_counter() - started)
-        return from_matrices(layer.weight, item.layout).contiguous(), tally
+        saved = self._shards.mask_of(item.tensor) is not None
+        mask = pack_mask(from_matrices(layer.solution.mask, item.layout)) if saved else None
+        return from_matrices(layer.weight, item.layout).contiguous(), mask, tally
 
 
 class _Writing(ExitStack):
@@ -135,21 +139,29 @@ class _Writing(ExitStack):
     def __init__(self, shards: OutputShards) -> None:
         super().__init__()
         self._shards = shards
-        self._place: Place | None = None
+        self._places: tuple[Place, Place | None] | None = None
         self._tally = Tally()
 
-    def write(self, part: _Part, content: _Content, tally: Tally) -> tuple[_Part, int, TensorRecord | None]:
+    def write(
+        self, part: _Part, content: _Content, mask: _Content | None, tally: Tally
+    ) -> tuple[_Part, int, TensorRecord | None]:
         """The part, its size, and the record of its tensor if that is complete."""
-        if self._place is None:
-            self._place, self._tally = self.enter_context(self._shards.place_of(part.item.tensor)), Tally()
-        self._place.write(content)
+        if self._places is None:
+            self._places, self._tally = self.enter_context(self._shards.places_of(part.item.tensor)), Tally()
+        place, mask_place = self._places
+        place.write(content)
+        if mask_place is not None:
+            assert mask is not None
+            mask_place.write(mask)
         self._tally.merge(tally)
         if not part.ends:
             return part, len(content), None
-        sha256, item = self._place.sha256(), part.item
+        item, sha256 = part.item, place.sha256()
+        mask_sha256 = None if mask_place is None else mask_place.sha256()
         self.close()
-        self._place = None
-        return part, len(content), self._tally.record(item, sha256) if item.pruned else kept_record(item, sha256)
+        self._places = None
+        record = self._tally.record(item, sha256, mask_sha256) if item.pruned else kept_record(item, sha256)
+        return part, len(content), record
 
 
 def _parts(item: TensorPlan, nbytes: int | None = None) -> Iterator[_Part]:
@@ -161,6 +173,11 @@ def _parts(item: TensorPlan, nbytes: int | None = None) -> Iterator[_Part]:
         end = item.tensor.nbytes
         found = [(first, min(first + COPY_BYTES, end)) for first in range(0, end, COPY_BYTES)] or [(0, 0)]
     return (_Part(item, first, last, last == found[-1][1]) for first, last in found)
+
+
+def _brought_back(tensor: torch.Tensor) -> torch.Tensor:
+    """In memory, once the stream has got so far."""
+    return torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True).copy_(tensor, non_blocking=True)
 
 
 @cache

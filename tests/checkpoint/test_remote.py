@@ -385,9 +385,11 @@ def test_a_single_file_will_do(hub, spec, tmp_path):
     tensors = {name: tensor for shard in shards.values() for name, tensor in shard.items()}
     config = json.loads((hub.directory / "config.json").read_text())
     write_checkpoint(hub.directory, {"model.safetensors": tensors}, config)
+    spec = replace(spec, save_masks=True)
     prune(spec)
     prune(replace(spec, model=str(hub.directory), output=tmp_path / "ordinary", stream_input=False))
-    assert (spec.output / "model.safetensors").read_bytes() == (tmp_path / "ordinary/model.safetensors").read_bytes()
+    for file in ("model.safetensors", "tsenor-masks/model.safetensors"):
+        assert (spec.output / file).read_bytes() == (tmp_path / "ordinary" / file).read_bytes()
 
 
 def test_parts_fetch_their_own_shards(hub, spec, wanted):

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import shutil
 
 import pytest
 import torch
 from checkpoints import read_shards
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
+from tsenor_cli.checkpoint.reader import open_checkpoint
 from tsenor_cli.errors import CheckFailed, InputRefused
 from tsenor_cli.pipeline import prune, verify
 from tsenor_cli.specs import NMPattern, PruneSpec
@@ -22,6 +24,18 @@ def good(pristine_llama, tmp_path_factory):
     output = tmp_path_factory.mktemp("good") / "out"
     prune(PruneSpec(str(pristine_llama), output, NMPattern(2, 4)))
     return output
+
+
+@pytest.fixture(scope="module")
+def good_with_masks(pristine_llama, tmp_path_factory):
+    output = tmp_path_factory.mktemp("good") / "out"
+    prune(PruneSpec(str(pristine_llama), output, NMPattern(2, 4), save_masks=True))
+    return output
+
+
+@pytest.fixture
+def masked(good_with_masks, tmp_path):
+    return shutil.copytree(good_with_masks, tmp_path / "masked")
 
 
 @pytest.fixture
@@ -137,6 +151,82 @@ def test_a_lost_tensor(sparse, pristine_llama):
     (sparse / "model.safetensors.index.json").write_text(json.dumps(index))
     assert "as the report describes" in failures(sparse)[NAME]
     assert "in the original" in failures(sparse, against=str(pristine_llama))[NAME]
+
+
+def edit_mask(directory, change):
+    """Change the packed mask of NAME on disk in place."""
+    (path,) = (file for file in (directory / "tsenor-masks").iterdir() if NAME in load_file(file))
+    masks = load_file(path)
+    change(masks)
+    save_file(masks, path, metadata={"tsenor_masks": "1"})
+
+
+def flip(*places):
+    """Bits of a packed mask."""
+
+    def change(masks):
+        for row, column in places:
+            masks[NAME][row, column // 8] ^= 1 << column % 8
+
+    return change
+
+
+def test_a_bit_of_a_mask(masked):
+    edit_mask(masked, flip((70, 33)))
+    found = verify(str(masked)).failures
+    assert {failure.where for failure in found} == {NAME}
+    what = {failure.what for failure in found}
+    for axis in ("input", "output"):
+        assert any(f"along the {axis} axis of which the mask does not keep 2, first at [" in one for one in what)
+    assert verify(str(masked), NMPattern(2, 4)).ok, "the report is not believed, masks included"
+
+
+def test_a_weight_that_its_mask_drops(masked, monkeypatch):
+    """A weight changes places with a zero and the mask stays; the place is counted over all bands."""
+    monkeypatch.setattr("tsenor_cli.checkpoint.plan.BAND_BYTES", 4096)  # 32 rows
+
+    def swap(w):
+        group = w[70, 32:36]
+        kept, dropped = (int((group == 0).eq(zero).nonzero()[0]) for zero in (False, True))
+        group[dropped], group[kept] = group[kept].clone(), 0
+        edited.append(32 + dropped)
+
+    edited = []
+    edit(masked, NAME, swap)
+    wanted = f"not zero, and its mask drops it, first at [70, {edited[0]}] of [.., out, in]"
+    assert wanted in {failure.what for failure in verify(str(masked)).failures}
+
+
+def test_another_mask_of_the_pattern(masked):
+    """A tile upside down: every count is right. All its weights are zero, so that only the hash tells."""
+
+    def upside_down(masks):
+        rows = masks[NAME][:4].clone()
+        masks[NAME][:4] = rows.flip(0)
+
+    edit(masked, NAME, lambda w: w[:4].zero_())
+    report = json.loads((masked / "tsenor-report.json").read_text())
+    tensor = open_checkpoint(masked).tensors[NAME]
+    record = next(record for record in report["tensors"] if record["name"] == NAME)
+    record["sha256"] = hashlib.sha256(b"".join(tensor.chunks())).hexdigest()
+    (masked / "tsenor-report.json").write_text(json.dumps(report))
+    assert verify(str(masked)).ok
+    edit_mask(masked, upside_down)
+    assert failures(masked) == {NAME: "its mask is not the one that the report was written for"}
+
+
+def test_masks_that_are_lost(masked):
+    edit_mask(masked, lambda masks: masks.pop(NAME))
+    assert failures(masked) == {NAME: "its mask is not there as the report describes it"}
+    path = next((masked / "tsenor-masks").iterdir())
+    path.write_bytes(path.read_bytes()[:-1])
+    (found,) = verify(str(masked)).failures
+    assert found.where == "tsenor-masks"
+    assert "cut short" in found.what
+    shutil.rmtree(masked / "tsenor-masks")
+    found = verify(str(masked)).failures
+    assert len(found) == 14
+    assert {failure.what for failure in found} == {"its mask is not there as the report describes it"}
 
 
 def pruned_record(report):

@@ -114,7 +114,7 @@ def test_a_report_that_was_tampered_with_is_refused_in_a_line(tsenor, runs, chan
     assert len(outcome.err) < 500
 
 
-@pytest.mark.parametrize("text", ["", "[]", "{", "null", '{"schema_version": 5}', "\xff", '{"a": NaN}'])
+@pytest.mark.parametrize("text", ["", "[]", "{", "null", '{"schema_version": 6}', "\xff", '{"a": NaN}'])
 def test_what_is_no_report(tsenor, runs, text):
     (runs / "c" / "tsenor-report.json").write_text(text, encoding="latin-1")
     outcome = tsenor("report", "c")

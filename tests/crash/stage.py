@@ -64,7 +64,7 @@ class Stage:
         self.text.write_text(" ".join("".join(letters.choices("abcdefgh ijklmnop,.", k=7)) for _ in range(400)))
         free = ["prune", self.model, "--nm", "2:4", "--quiet"]
         calibration = ["--calibration", self.text, "--samples", "4", "--sequence-length", "16"]
-        calibrated = [*free, "--method", "sparsegpt", "--memory-budget", "1GiB", *calibration]
+        calibrated = [*free, "--save-masks", "--method", "sparsegpt", "--memory-budget", "1GiB", *calibration]
         self._commands = {"data-free": free, "calibrated": calibrated}
         self._warm = {name: directory / f"warm-up, {name}" for name in self._commands}
         warm_up = [[*map(str, line), "-o", str(self._warm[name])] for name, line in self._commands.items()]

@@ -24,11 +24,7 @@ PATTERNS = [
     (4, 8),
     (7, 8),
     (8, 16),
-    (9, 17),
-    (8, 32),
-    (16, 32),
-    (32, 64),
-    (63, 64),
+    *(pytest.param(*pattern, marks=pytest.mark.slow) for pattern in [(9, 17), (8, 32), (16, 32), (32, 64), (63, 64)]),
 ]
 
 
@@ -101,7 +97,9 @@ def blocks_of(name, m, seed=0):
     return np.floor(scores / np.where(largest > 0, largest, 1) * (2**28 - 1)).astype(np.int64)
 
 
-@pytest.mark.parametrize(("n", "m"), [(1, 4), (2, 4), (3, 5), (4, 8), (8, 16), (16, 32)])
+@pytest.mark.parametrize(
+    ("n", "m"), [(1, 4), (2, 4), (3, 5), (4, 8), (8, 16), pytest.param(16, 32, marks=pytest.mark.slow)]
+)
 @pytest.mark.parametrize("name", ["normal", "cubed", "scaled lines", "quarters", "zeros", "one huge", "sums of lines"])
 @pytest.mark.parametrize("tau", [None, 50.0, 200.0])
 def test_dykstra_is_that_of_the_reference(name, n, m, tau):

@@ -73,6 +73,7 @@ def large_report(m: int = 16) -> Report:
             "strict": False,
             "fallback": False,
             "allow_nonfinite": False,
+            "save_masks": False,
             "memory_budget": None,
             "device": "auto",
         },

@@ -16,7 +16,7 @@ RUNS = {
     "plain": "--nm 2:4",
     "standard": "--nm 4:8 --standard --only '*.mlp.*' --ignore 're:up|gate' --min-coverage 0.1",
     "entropic": "--nm 2:4 --solver entropic --tau 30.5 --iterations 50 --local-search 3",
-    "flags": "--nm 2:4 --strict --allow-nonfinite --fallback --device cpu",
+    "flags": "--nm 2:4 --strict --allow-nonfinite --save-masks --fallback --device cpu",
     "evaluated": "--nm 2:4 --eval 'text file.jsonl' --text-field body --sequence-length 16",
     "recipe": "--recipe given.yaml",
     "recipe overridden": "--recipe given.yaml --nm 1:4 --method magnitude",

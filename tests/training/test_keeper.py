@@ -143,6 +143,7 @@ def test_masks_of_another_model(masks):
         keep_masks(Net(), masks)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("architecture", ["llama", "gpt2", "qwen3_moe", "gpt_oss", "qwen3_vl_moe"])
 def test_masks_go_through_conversion_with_the_weights(architecture, tmp_path):
     """Experts are joined, transposed, renamed: the masks of the model are the zeros that transformers has loaded."""

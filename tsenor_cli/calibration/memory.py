@@ -46,6 +46,7 @@ def expected_memory(plan: Plan, samples: int, length: int) -> dict[str, int]:
         "two decoder layers": 2 * max(by_layer.values()),
         "Gram matrices of a layer": max(_gram_bytes(model, calibrated).values()) if gram else 0,
         HIDDEN_STATES: samples * length * hidden * itemsize,
+        **({"a mask": max(item.tensor.parameters for item in plan.pruned)} if plan.saves_masks else {}),
         "a batch, or work on a weight": max(batch_bytes, *map(_work_bytes, calibrated)),
         "code and buffers": FIXED_BYTES,
     }

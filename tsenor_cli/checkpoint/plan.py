@@ -5,11 +5,14 @@ from __future__ import annotations
 from collections.abc import Collection
 from dataclasses import dataclass, replace
 from functools import cached_property
+from itertools import groupby
+from operator import attrgetter
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from tsenor_cli.checkpoint.layouts import Layout, band_step, matrix_size
-from tsenor_cli.checkpoint.reader import PRUNABLE_DTYPES, Checkpoint, DiskTensor
+from tsenor_cli.checkpoint.maskfile import mask_file
+from tsenor_cli.checkpoint.reader import PRUNABLE_DTYPES, Checkpoint, DiskTensor, Shard
 from tsenor_cli.checkpoint.site import Site
 from tsenor_cli.errors import CheckFailed, InputRefused, UsageError
 from tsenor_cli.specs import CALIBRATED, Choice, NMPattern, PruneSpec, matches
@@ -62,6 +65,7 @@ class Plan:
     tensors: tuple[TensorPlan, ...]
     memory: dict[str, int]  # the most that is held at once above the imports, in bytes by what it is for
     spills: bool = False  # hidden states go to disk
+    saves_masks: bool = False
 
     @cached_property
     def by_name(self) -> dict[str, TensorPlan]:
@@ -70,6 +74,17 @@ class Plan:
     @property
     def pruned(self) -> list[TensorPlan]:
         return [item for item in self.tensors if item.pruned]
+
+    @cached_property
+    def masks(self) -> tuple[Shard, ...]:
+        """The files that masks are saved to, none if they are not."""
+        pruned = [item.tensor for item in self.pruned] if self.saves_masks else []
+        return tuple(mask_file(list(tensors)) for _, tensors in groupby(pruned, attrgetter("path")))
+
+    @property
+    def output_bytes(self) -> int:
+        """Of the shards and the masks."""
+        return self.checkpoint.nbytes + sum(file.nbytes for file in self.masks)
 
     @property
     def calibrated(self) -> bool:
@@ -115,7 +130,7 @@ def make_plan(checkpoint: Checkpoint, spec: PruneSpec) -> Plan:
     _check_selection(spec, tensors)
     elements = max((_largest_band(item) for item in tensors if item.pruned and not item.calibrated), default=0)
     memory = {"a band of a tensor": elements * _BYTES_PER_ELEMENT, "code and buffers": FIXED_BYTES}
-    return Plan(checkpoint, tensors, memory)
+    return Plan(checkpoint, tensors, memory, saves_masks=spec.save_masks)
 
 
 def enforce(plan: Plan, spec: PruneSpec) -> None:

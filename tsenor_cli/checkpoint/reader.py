@@ -27,7 +27,8 @@ if TYPE_CHECKING:
     import torch
 
 SINGLE_FILE, INDEX_FILE = "model.safetensors", "model.safetensors.index.json"
-NEVER_COPIED = frozenset({".git", ".cache"})  # directories of tools
+MASKS_DIRECTORY = "tsenor-masks"  # maskfile.py
+NEVER_COPIED = frozenset({".git", ".cache", MASKS_DIRECTORY})  # directories of tools, and masks of these very weights
 COPY_BYTES = 4 * 2**20
 
 # Bits per element. Only the first four can be pruned; the rest are copied, or mark a quantised checkpoint.

@@ -3,7 +3,8 @@
 Per pruned tensor: no group of M along the input axis (and, transposable, along the output axis) has more than N
 nonzeros, no zero is negative, every value is finite. A kept weight may be zero in the original, so fewer than N is
 allowed; `exact` says whether every group has N.
-Every tensor has the hash that the report names, unless a pattern was given in the report's stead.
+Every tensor has the hash that the report names, unless a pattern was given in the report's stead. So has every
+mask that it names, which keeps exactly N of each group, and every weight that is not zero.
 Against the original: every tensor that was not pruned is bit-identical, and so is every other file; for methods that
 only mask, every weight that is not zero is the original's. What was fine-tuned has the original's shapes and dtypes.
 """
@@ -21,8 +22,9 @@ import torch
 
 from tsenor_cli.checkpoint.jsonfile import read_object
 from tsenor_cli.checkpoint.layouts import LAYOUTS, Layout, banded_axis, fits, matrix_size, to_matrices
+from tsenor_cli.checkpoint.maskfile import mask_fits, saved_masks, unpack_mask
 from tsenor_cli.checkpoint.plan import bands, make_plan
-from tsenor_cli.checkpoint.reader import PRUNABLE_DTYPES, Checkpoint, DiskTensor
+from tsenor_cli.checkpoint.reader import MASKS_DIRECTORY, PRUNABLE_DTYPES, Checkpoint, DiskTensor
 from tsenor_cli.checkpoint.writer import REPORT_FILE, WRITTEN_ANEW
 from tsenor_cli.errors import CheckFailed, InputRefused, UsageError
 from tsenor_cli.overlap import ahead
@@ -50,6 +52,7 @@ class TensorCheck:
     groups: int  # groups of M checked, in both directions where transposable
     exact: bool  # every group has exactly N nonzeros
     zeros: int
+    masked: bool  # its saved mask was checked, too
 
 
 @dataclass
@@ -90,6 +93,7 @@ class _PrunedClaim:
     pattern: NMPattern
     layout: Layout
     mask_only: bool  # the weights that stay are the original's
+    mask_sha256: str | None = None  # of its packed mask, if it is saved
 
 
 def verify_checkpoint(
@@ -105,6 +109,7 @@ def verify_checkpoint(
         claim.trained,
     )
     hashes: dict[str, str] = {}
+    masks = _masks(checkpoint, claim, result)
     for name, claimed in claim.tensors.items():
         tensor = checkpoint.tensors.get(name)
         if tensor is None or tensor.dtype not in PRUNABLE_DTYPES or not fits(tensor.shape, claimed.layout):
@@ -113,7 +118,7 @@ def verify_checkpoint(
         source = original.tensors.get(name) if original and claimed.mask_only and not claim.trained else None
         comparable = source is not None and (source.dtype, source.shape) == (tensor.dtype, tensor.shape)
         source = source if comparable else None
-        hashes[name] = _check_pruned(tensor, claimed.layout, claimed.pattern, source, result, advanced)
+        hashes[name] = _check_pruned(tensor, claimed, masks.get(name), source, result, advanced)
         for read in (tensor, source) if checkpoint.outgrows_cache else ():
             if read is not None:
                 read.forget()
@@ -125,6 +130,11 @@ def verify_checkpoint(
         Failure(name, "its bytes are not those that the report was written for")
         for name, tensor in checkpoint.tensors.items()
         if name in claim.hashes and name not in failed and (hashes.get(name) or _sha256(tensor)) != claim.hashes[name]
+    )
+    result.failures += (
+        Failure(name, "its mask is not the one that the report was written for")
+        for name, mask in masks.items()
+        if name not in failed and _sha256(mask) != claim.tensors[name].mask_sha256
     )
     return result
 
@@ -166,7 +176,26 @@ def _claim_of_report(path: Path, pattern: NMPattern | None) -> _Claim:
 def _claim_of_record(record: dict[str, Any], report: dict[str, Any], pattern: NMPattern | None) -> _PrunedClaim:
     claimed = NMPattern.parse(record["pattern"], transposable=record["transposable"])
     mask_only = record["method"] not in UPDATING or not report["options"]["update"]
-    return _PrunedClaim(pattern or claimed, LAYOUTS[LAYOUTS.index(record["layout"])], mask_only)
+    mask_sha256 = record.get("mask_sha256") if pattern is None else None
+    return _PrunedClaim(pattern or claimed, LAYOUTS[LAYOUTS.index(record["layout"])], mask_only, mask_sha256)
+
+
+def _masks(checkpoint: Checkpoint, claim: _Claim, result: Verification) -> dict[str, DiskTensor]:
+    """The packed masks that there have to be, by tensor; those that are not there, or fit no tensor, are failures."""
+    wanted = [name for name, tensor in claim.tensors.items() if tensor.mask_sha256 is not None]
+    try:
+        saved = saved_masks(checkpoint) if wanted else {}
+    except InputRefused as error:
+        result.failures.append(Failure(MASKS_DIRECTORY, error.message))
+        return {}
+    found = {}
+    for name in wanted:
+        tensor, mask = checkpoint.tensors.get(name), saved.get(name)
+        if mask is None or (tensor is not None and not mask_fits(mask, tensor)):
+            result.failures.append(Failure(name, "its mask is not there as the report describes it"))
+        else:
+            found[name] = mask
+    return found
 
 
 def _sha256(tensor: DiskTensor) -> str:
@@ -178,8 +207,8 @@ def _sha256(tensor: DiskTensor) -> str:
 
 def _check_pruned(
     tensor: DiskTensor,
-    layout: Layout,
-    pattern: NMPattern,
+    claimed: _PrunedClaim,
+    mask: DiskTensor | None,
     source: DiskTensor | None,
     result: Verification,
     advanced: Progress,
@@ -188,20 +217,22 @@ def _check_pruned(
 
     Returns the hash of its bytes. Bands are read and hashed while others are checked.
     """
+    layout, pattern = claimed.layout, claimed.pattern
     if not pattern.divides(*matrix_size(tensor.shape, layout)):
         result.failures.append(Failure(tensor.name, f"{pattern.m} does not divide its shape {list(tensor.shape)}"))
         return _sha256(tensor)
     digest = hashlib.sha256()
 
-    def read(first: int, last: int) -> tuple[int, torch.Tensor, torch.Tensor | None]:
+    def read(first: int, last: int) -> tuple[int, torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
         band = tensor.read(first, last)
         digest.update(band.view(-1).view(torch.uint8).numpy().data)
-        return first, band, None if source is None else source.read(first, last)
+        kept = None if mask is None else unpack_mask(mask.read(first, last), band.shape)
+        return first, band, None if source is None else source.read(first, last), kept
 
     found: dict[str, Failure] = {}
     groups = zeros = 0
     exact = True
-    for first, band, original in ahead(read, bands(tensor, layout, pattern.m), _READ_AHEAD):
+    for first, band, original, mask_band in ahead(read, bands(tensor, layout, pattern.m), _READ_AHEAD):
         weight = to_matrices(band, layout)
         bits = weight.view(_INTEGERS[weight.element_size()])
         nonzero = bits * 2 != 0  # without the sign
@@ -210,6 +241,8 @@ def _check_pruned(
             kept = to_matrices(original, layout).view(bits.dtype) * nonzero
             if not torch.equal(kept, bits):
                 wrong["a kept weight that is not the original's"] = (kept != bits) & nonzero
+        if mask_band is not None:
+            wrong |= _wrong_mask(to_matrices(mask_band, layout), nonzero, pattern)
         for axis, counts in _group_counts(nonzero, pattern).items():
             groups += counts.numel()
             fewest, most = map(int, torch.aminmax(counts))
@@ -221,7 +254,7 @@ def _check_pruned(
         _collect(found, tensor.name, wrong, layout, first)
         advanced(tensor.name, band.nbytes)
     result.failures += found.values()
-    result.tensors.append(TensorCheck(tensor.name, groups, exact, zeros))
+    result.tensors.append(TensorCheck(tensor.name, groups, exact, zeros, mask is not None))
     return digest.hexdigest()
 
 
@@ -233,6 +266,17 @@ def _unsound(weight: torch.Tensor, bits: torch.Tensor) -> dict[str, torch.Tensor
     if not all(map(math.isfinite, torch.stack(torch.aminmax(weight)).tolist())):  # NaN travels through min and max
         found["not finite"] = ~torch.isfinite(weight)
     return found
+
+
+def _wrong_mask(mask: torch.Tensor, nonzero: torch.Tensor, pattern: NMPattern) -> dict[str, torch.Tensor]:
+    """Where a mask [.., out, in] is none of the pattern, or not that of the weights."""
+    wrong = {"not zero, and its mask drops it": nonzero & ~mask}
+    for axis, counts in _group_counts(mask, pattern).items():
+        others = counts != pattern.n
+        if bool(others.any()):
+            what = f"in a group of {pattern.m} along {_AXIS_NAMES[axis]} of which the mask does not keep {pattern.n}"
+            wrong[what] = others.repeat_interleave(pattern.m, axis)
+    return wrong
 
 
 _AXIS_NAMES = {-1: "the input axis", -2: "the output axis"}

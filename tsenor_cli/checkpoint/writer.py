@@ -1,4 +1,4 @@
-"""The files of the output: shards with the headers of the input's, tensors in any order, everything else copied."""
+"""The files of the output: shards, headers first and tensors in any order, files of masks, everything else copied."""
 
 from __future__ import annotations
 
@@ -7,13 +7,13 @@ import json
 import os
 import shutil
 from collections import defaultdict
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, BinaryIO
+from typing import TYPE_CHECKING, Any, BinaryIO
 
 from tsenor_cli.checkpoint.reader import COPY_BYTES, Checkpoint, DiskTensor, Shard, forget
 
@@ -58,27 +58,35 @@ class Place:
 
 
 class OutputShards:
-    """The shards of the output: the headers of the input's, and tensors put in their places in any order.
+    """The shards of the output, and files of masks: headers first, and tensors put in their places in any order.
 
-    A header is the input's, byte for byte, unless `format: pt` is missing (older loaders crash without it).
+    A shard's header is the input's, byte for byte, unless `format: pt` is missing (older loaders crash without it).
     What an interrupted run has put there stays.
     """
 
-    def __init__(self, checkpoint: Checkpoint, staging: Path, mine: Collection[str] | None = None) -> None:
+    def __init__(
+        self,
+        checkpoint: Checkpoint,
+        staging: Path,
+        mine: Collection[str] | None = None,
+        masks: Sequence[Shard] = (),
+    ) -> None:
         """Begin the files.
 
         Args:
             checkpoint: the input.
             staging: the directory of the output.
             mine: the tensors that this process writes; None for all.
+            masks: the files that packed masks go to (maskfile.py), beside the shards of the input; none is there.
         """
-        self._staging = staging
+        self._staging, self._input = staging, checkpoint.directory
+        self._masks = {mask.name: mask for file in masks for mask in file.tensors}
         self._missing: dict[Path, set[str]] = {}  # tensors that are not there yet, by shard
         self._shifts: dict[Path, int] = {}  # from places in the input's shard to those in the output's
         self._hasher, self._syncer = ThreadPoolExecutor(1), ThreadPoolExecutor(1)  # their threads end with this object
         self._syncing: list[Future[None]] = []
         self._unsettled: dict[Path, list[tuple[int, int]]] = defaultdict(list)  # what the system's cache holds
-        for shard in checkpoint.shards:
+        for shard in (*checkpoint.shards, *masks):
             header = _header(shard)
             _begin_with(self._path(shard.path), len(header).to_bytes(8, "little") + header)
             wanted = {tensor.name for tensor in shard.tensors if mine is None or tensor.name in mine}
@@ -95,6 +103,17 @@ class OutputShards:
             yield place
             place.tell()
         self._arrived(tensor)
+
+    @contextmanager
+    def places_of(self, tensor: DiskTensor) -> Iterator[tuple[Place, Place | None]]:
+        """The tensor's place, and that of its mask if it is saved."""
+        mask = self.mask_of(tensor)
+        with self.place_of(tensor) as place, nullcontext() if mask is None else self.place_of(mask) as mask_place:
+            yield place, mask_place
+
+    def mask_of(self, tensor: DiskTensor) -> DiskTensor | None:
+        """Its packed mask, if it is saved: a tensor of the same name, with a place of its own."""
+        return self._masks.get(tensor.name)
 
     def has(self, tensor: DiskTensor, sha256: str | None) -> bool:
         """Whether the bytes with this hash are there already."""
@@ -139,7 +158,7 @@ class OutputShards:
             self._syncing.append(self._syncer.submit(_sync_file, self._path(tensor.path)))
 
     def _path(self, shard: Path) -> Path:
-        return self._staging / shard.name
+        return self._staging / shard.relative_to(self._input)
 
 
 def as_bytes(tensor: torch.Tensor) -> memoryview:
@@ -170,6 +189,7 @@ def _begin_with(path: Path, start: bytes) -> None:
         with path.open("rb") as file:
             if file.read(len(start)) == start:
                 return
+    path.parent.mkdir(exist_ok=True)
     path.write_bytes(start)
 
 
@@ -177,7 +197,11 @@ def _header(shard: Shard) -> bytes:
     if shard.metadata.get("format") == "pt":
         return shard.header
     entries = json.loads(shard.header)
-    entries["__metadata__"] = {**shard.metadata, "format": "pt"}
+    return encode_header({**entries, "__metadata__": {**shard.metadata, "format": "pt"}})
+
+
+def encode_header(entries: Mapping[str, Any]) -> bytes:
+    """The header of a safetensors file."""
     header = json.dumps(entries, separators=(",", ":"), ensure_ascii=False).encode()
     return header + b" " * (-len(header) % 8)  # tensors stay aligned, as the format asks
 

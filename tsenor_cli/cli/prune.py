@@ -144,6 +144,11 @@ if TYPE_CHECKING:
     is_flag=True,
     help="Copy tensors with NaN or infinite weights as they are, instead of refusing the checkpoint.",
 )
+@click.option(
+    "--save-masks",
+    is_flag=True,
+    help="Save the masks beside the weights, a bit per weight, for fine-tuning: a kept weight may be zero.",
+)
 @click.option("--strict", is_flag=True, help="Exit 4 if M does not divide a prunable tensor, instead of skipping it.")
 @click.option(
     "--shard",
@@ -381,7 +386,7 @@ def _show_plan(plan: Plan, prediction: Forecast) -> None:
     console.table(("tensor", "dtype", "shape", "layout", "bytes", "action"), rows, to_stdout=True)
     console.emit(
         f"{len(plan.pruned)} of {len(plan.tensors)} tensors to prune, "
-        f"coverage {plan.coverage:.2%}, {size(plan.checkpoint.nbytes)} to write, "
+        f"coverage {plan.coverage:.2%}, {size(plan.output_bytes)} to write, "
         f"peak memory about {size(plan.peak_bytes)} above the imports"
     )
     console.emit(_in_words(prediction))

@@ -50,8 +50,9 @@ def verify(
 ) -> None:
     """Check the pruned checkpoint in DIRECTORY from its files alone; exit 4 with the first places that fail.
 
-    Every group of M in every pruned tensor, negative zeros, values that are not finite; with --against also that
-    every other tensor and file is bit-identical and every kept weight unchanged (after tsenor finetune: shapes only).
+    Every group of M in every pruned tensor and saved mask, negative zeros, values that are not finite; with --against
+    also that every other tensor and file is bit-identical and every kept weight unchanged (after tsenor finetune: that
+    shapes and dtypes are the same).
 
     \b
     Example: tsenor verify ./llama-2of4-transposable --against ./llama
@@ -89,8 +90,9 @@ def _summary(result: Verification) -> str:
     kept = "N" if "," in result.pattern else result.pattern.partition(":")[0]
     text = f"{result.directory}: {len(result.tensors)} tensors are {result.pattern} {result.kind}"
     text += f", {exact} {kept} nonzeros in each of {groups:,} groups"
+    if any(tensor.masked for tensor in result.tensors):
+        text += "; the saved masks agree"
     if result.against is None:
         return text
-    return (
-        f"{text}; {'fine-tuned, in the shapes of' if result.trained else 'the rest is identical to'} {result.against}"
-    )
+    rest = "fine-tuned, in the shapes of" if result.trained else "the rest is identical to"
+    return f"{text}; {rest} {result.against}"

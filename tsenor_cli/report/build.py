@@ -67,7 +67,7 @@ class Tally:
         self.calibrations += part.calibrations
         self.fallbacks += part.fallbacks
 
-    def record(self, item: TensorPlan, sha256: str) -> TensorRecord:
+    def record(self, item: TensorPlan, sha256: str, mask_sha256: str | None) -> TensorRecord:
         assert item.choice is not None
         return TensorRecord(
             **_facts(item, sha256),
@@ -76,6 +76,7 @@ class Tally:
             transposable=item.choice.pattern.transposable,
             method=item.choice.method,
             fallbacks=self.fallbacks or None,
+            mask_sha256=mask_sha256,
             zeros=self.zeros,
             energy=self.energy,
             kept_energy=_share(self.kept_energy, self.energy),
@@ -179,6 +180,7 @@ def deciding_options(spec: PruneSpec) -> dict[str, Any]:
         "strict": spec.strict,
         "fallback": spec.fallback,
         "allow_nonfinite": spec.allow_nonfinite,
+        "save_masks": spec.save_masks,
     }
 
 

@@ -9,7 +9,7 @@ from typing import cast
 
 from huggingface_hub import ModelCard, ModelCardData
 
-from tsenor_cli.checkpoint.reader import Checkpoint
+from tsenor_cli.checkpoint.reader import MASKS_DIRECTORY, Checkpoint
 from tsenor_cli.checkpoint.writer import CARD_FILE
 from tsenor_cli.report.records import Report
 from tsenor_cli.report.words import tiny
@@ -85,7 +85,7 @@ the original.
 | optimality gap of the masks | {tiny(summary.gap)} |
 {_calibration_rows(report)}
 Every tensor, with the reason for each that was left alone, is in `tsenor-report.json`;
-`tsenor verify DIR` checks this checkpoint against it.
+`tsenor verify DIR` checks this checkpoint against it.{_masks(report)}
 
 {_citations(report)}
 """
@@ -111,6 +111,11 @@ def _calibration_rows(report: Report) -> str:
         before, after = (report.perplexity[key]["perplexity"] for key in ("before", "after"))
         rows += f"| perplexity before → after | {before:.2f} → {after:.2f} |\n"
     return rows
+
+
+def _masks(report: Report) -> str:
+    saved = any(record.mask_sha256 is not None for record in report.tensors)
+    return f" `{MASKS_DIRECTORY}` has the masks, a bit per weight." if saved else ""
 
 
 def _citations(report: Report) -> str:

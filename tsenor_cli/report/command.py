@@ -12,7 +12,7 @@ from tsenor_cli.report.records import Report
 from tsenor_cli.specs import CalibrationSpec, FinetuneSpec, PruneSpec
 
 RECIPE_FILE = "recipe.yaml"
-_FLAGS = ("strict", "fallback", "allow_nonfinite")
+_FLAGS = ("strict", "fallback", "allow_nonfinite", "save_masks")
 _VALUES = (
     "solver",
     "tau",

@@ -27,6 +27,7 @@ class TensorRecord:
     transposable: bool | None = None
     method: str | None = None
     fallbacks: list[str] | None = None  # why parts of it were pruned by magnitude instead
+    mask_sha256: str | None = None  # of its packed mask in the output, if masks are saved
     zeros: int | None = None
     energy: float | None = None  # Σ w² of the input
     kept_energy: float | None = None  # Σ w² of the output / energy

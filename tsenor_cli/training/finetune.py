@@ -17,6 +17,7 @@ from tsenor_cli.calibration.tokens import TextTokens, all_windows, calibration_w
 from tsenor_cli.checkpoint.adapter.tokenizer import CheckpointTokenizer, window_length
 from tsenor_cli.checkpoint.adapter.whole import load_model, weights_on_disk
 from tsenor_cli.checkpoint.journal import Identity
+from tsenor_cli.checkpoint.maskfile import saved_masks
 from tsenor_cli.checkpoint.reader import Checkpoint, open_checkpoint
 from tsenor_cli.checkpoint.source import resolve_checkpoint
 from tsenor_cli.checkpoint.staging import (
@@ -170,9 +171,10 @@ def _write(job: _Job, weights: Mapping[str, torch.Tensor], staged: Staged) -> li
     shards = OutputShards(job.checkpoint, staged.directory)
     records = [_write_tensor(job.checkpoint, record, weights.get(record.name), shards) for record in job.pruned.tensors]
     shards.sync()
-    for relative in job.checkpoint.other_files:
-        if relative not in WRITTEN_ANEW:
-            copy_file(job.checkpoint.directory / relative, staged.directory / relative)
+    beside = [relative for relative in job.checkpoint.other_files if relative not in WRITTEN_ANEW]
+    masks = {mask.path.relative_to(job.checkpoint.directory) for mask in saved_masks(job.checkpoint).values()}
+    for relative in (*beside, *sorted(masks)):
+        copy_file(job.checkpoint.directory / relative, staged.directory / relative)
     return records
 
 

@@ -12,6 +12,7 @@ import torch
 from torch import nn
 from torch.distributed.tensor import DTensor
 
+from tsenor_cli.checkpoint.maskfile import read_mask
 from tsenor_cli.checkpoint.reader import Checkpoint, open_checkpoint
 from tsenor_cli.errors import InputRefused
 from tsenor_cli.report.read import read_report
@@ -39,7 +40,10 @@ def model_masks(model: nn.Module, directory: Path) -> dict[str, torch.Tensor]:
 
 
 def masks_on_disk(checkpoint: Checkpoint) -> dict[str, torch.Tensor]:
-    """The masks of the tensors that the report says were pruned, as the tensors lie on disk."""
+    """The masks of the tensors that the report says were pruned, as the tensors lie on disk.
+
+    Those that `--save-masks` has saved; else what is not zero, so that a kept weight that happens to be zero stays so.
+    """
     records = read_report(checkpoint.directory).tensors
     return {record.name: mask_on_disk(checkpoint, record) for record in records if record.action == "pruned"}
 
@@ -48,7 +52,7 @@ def mask_on_disk(checkpoint: Checkpoint, record: TensorRecord) -> torch.Tensor:
     """The mask of one of them.
 
     Raises:
-        InputRefused: the checkpoint has no such tensor.
+        InputRefused: the checkpoint has no such tensor, or its saved mask is missing or damaged.
     """
     tensor = checkpoint.tensors.get(record.name)
     if tensor is None or list(tensor.shape) != record.shape:
@@ -57,7 +61,7 @@ def mask_on_disk(checkpoint: Checkpoint, record: TensorRecord) -> torch.Tensor:
             "copy the checkpoint again",
             code="damaged-report",
         )
-    return tensor.read() != 0
+    return read_mask(tensor) if record.mask_sha256 is not None else tensor.read() != 0
 
 
 def parameters_of(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:

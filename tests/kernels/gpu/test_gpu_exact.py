@@ -16,7 +16,11 @@ from tsenor_cli.kernels.gpu import exact
 from tsenor_cli.kernels.gpu.exact_variants import settle_variants, variants
 from tsenor_cli.masks import certificate
 
-SMALL = [(1, 2), (1, 3), (2, 3), (1, 4), (2, 4), (3, 4), (3, 5), (5, 6), (2, 7), (1, 8), (4, 8), (7, 8)]
+SMALL = [(1, 2), (2, 3), (2, 4), (3, 5)]
+SMALL += [
+    pytest.param(*pattern, marks=pytest.mark.slow)
+    for pattern in [(1, 3), (1, 4), (3, 4), (5, 6), (2, 7), (1, 8), (4, 8), (7, 8)]
+]
 SLOW = {"sums of lines", "sparse", "identity", "scaled lines"}  # many paths: as large as these may be in small blocks
 NOT_SLOW = set(hard_scores.ALL) - SLOW
 LARGE = [
@@ -79,11 +83,13 @@ def test_small_blocks(n, m, device):
 
 
 @pytest.mark.slow
+@pytest.mark.slow
 @pytest.mark.parametrize(("n", "m", "names"), LARGE, ids=lambda value: str(value) if isinstance(value, int) else "")
 def test_large_blocks(n, m, names, device):
     assert_is_that_of_the_reference(every_kind(m, names), n, m, device)
 
 
+@pytest.mark.slow
 @pytest.mark.slow
 @pytest.mark.parametrize(("n", "m"), [(2, 4), (4, 8)])
 def test_no_oracle_is_better(n, m, device):
@@ -121,6 +127,7 @@ def test_all_bits_of_float64_count(n, m, device):
 
 
 @pytest.mark.slow
+@pytest.mark.slow
 @pytest.mark.parametrize("size", [1e-3, 1e30])
 def test_any_duals_lead_to_the_same_mask(size, device):
     scores = every_kind(8, NOT_SLOW)
@@ -129,6 +136,7 @@ def test_any_duals_lead_to_the_same_mask(size, device):
     assert np.array_equal(mask, expect(scores, 4, 8)[0])
 
 
+@pytest.mark.slow
 @pytest.mark.slow
 @pytest.mark.parametrize(("n", "m"), [(2, 4), (3, 7), (4, 8)])
 def test_duals_prove_the_mask_and_are_a_good_start(n, m, device):
@@ -143,6 +151,7 @@ def test_duals_prove_the_mask_and_are_a_good_start(n, m, device):
     assert np.array_equal(again, mask)
 
 
+@pytest.mark.slow
 @pytest.mark.slow
 @pytest.mark.parametrize(("n", "m"), [(3, 6), (4, 8)])
 def test_settling_is_right_from_any_mask_and_prices(n, m, device):
