@@ -93,6 +93,7 @@ README_NAMES = {
     "MODEL --recipe recipe.yaml": "model --recipe recipe.yaml --overwrite",
     "MODEL": "model",
     "prune … --shard": "prune model --nm 4:8 --shard",
+    "prune … --save-masks": "prune model --nm 2:4 --save-masks",
     "prune … --resume": "prune model --nm 2:4 --resume",
     "finetune DIR --text FILE": "finetune model-2of4-transposable --text eval.txt --steps 1 --sequence-length 16",
     "DIR --text FILE": "model-2of4-transposable --text eval.txt --sequence-length 16",
