@@ -12,17 +12,19 @@ if TYPE_CHECKING:
     from tsenor_cli.masks.solution import MaskSolution, Status
     from tsenor_cli.masks.solve import solve_mask
     from tsenor_cli.masks.torch_prune import TransposableNM
-    from tsenor_cli.pipeline import plan_prune, prune, verify
-    from tsenor_cli.specs import NMPattern, PruneSpec
+    from tsenor_cli.pipeline import finetune, plan_prune, prune, verify
+    from tsenor_cli.specs import FinetuneSpec, NMPattern, PruneSpec
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "FinetuneSpec",
     "MaskSolution",
     "NMPattern",
     "PruneSpec",
     "Status",
     "TransposableNM",
+    "finetune",
     "plan_prune",
     "prune",
     "solve_mask",
@@ -30,11 +32,13 @@ __all__ = [
 ]
 
 _HOMES = {
+    "FinetuneSpec": "specs",
     "MaskSolution": "masks.solution",
     "NMPattern": "specs",
     "PruneSpec": "specs",
     "Status": "masks.solution",
     "TransposableNM": "masks.torch_prune",
+    "finetune": "pipeline",
     "plan_prune": "pipeline",
     "prune": "pipeline",
     "solve_mask": "masks.solve",

@@ -200,6 +200,25 @@ def test_a_weight_that_would_not_come_back_is_refused(sparse, text, tmp_path, mo
     assert not (tmp_path / "out").exists()
 
 
+def test_training_that_diverges_stops_at_once(tsenor, sparse, text, tmp_path):
+    options = [
+        "--sequence-length",
+        16,
+        "--batch-size",
+        2,
+        "--learning-rate",
+        1e30,
+        "--warmup",
+        0,
+        "-o",
+        tmp_path / "out",
+    ]
+    done = tsenor("finetune", sparse("llama"), "--text", text, *options)
+    assert (done.code, done.out) == (4, "")
+    assert "training has diverged: the loss of step" in done.err
+    assert not list(tmp_path.glob("out*"))
+
+
 @pytest.mark.usefixtures("real_page")
 def test_at_the_command_line(tsenor, sparse, text, tmp_path):
     out = tmp_path / "out"

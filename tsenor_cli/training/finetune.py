@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from importlib.metadata import version
@@ -80,7 +81,7 @@ def finetune(spec: FinetuneSpec, observer: Observer | None = None) -> Report:
 
     Raises:
         UsageError, InputRefused, OutputUnavailable, TsenorError: as prune.
-        CheckFailed: the pattern has not held, or a weight is not finite; then there is no output.
+        CheckFailed: training has diverged, or the pattern has not held; then there is no output.
     """
     observer, costs = observer or Observer(), Costs()
     job = _prepare(spec)
@@ -96,10 +97,9 @@ def finetune(spec: FinetuneSpec, observer: Observer | None = None) -> Report:
         folder = staged.scratch / "trainer"
         losses = train(model, job.tokens.windows, masks, spec, job.device, folder, staged.journal, observer)
         costs.spent("training")
-        records = _write(
-            job, {tensor.name: weight for tensor, weight in weights_on_disk(model, job.checkpoint)}, staged
-        )
+        weights = {tensor.name: weight for tensor, weight in weights_on_disk(model, job.checkpoint)}
         del model, masks
+        records = _write(job, weights, staged)
         costs.spent("finishing")
         after = _perplexity(job, open_checkpoint(staged.directory), observer)
         costs.spent("perplexity")
@@ -117,6 +117,8 @@ def _prepare(spec: FinetuneSpec) -> _Job | Report:
         raise UsageError(
             "fine-tuning needs the package accelerate", "pip install 'tsenor[train]'", code="missing-extra"
         )
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise UsageError("tsenor finetune is for one process", "train with several by a script, with keep_masks")
     output, device = absolute(spec.output), find_device(spec.device)
     checkpoint = open_checkpoint(*resolve_checkpoint(spec.model))
     check_output(output, checkpoint.directory, overwrite=spec.overwrite or spec.resume is True)

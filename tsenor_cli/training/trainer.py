@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ from transformers import (
 
 from tsenor_cli.checkpoint.adapter.skeleton import no_progress_bar
 from tsenor_cli.checkpoint.journal import Journal
+from tsenor_cli.errors import CheckFailed
 from tsenor_cli.observer import Observer
 from tsenor_cli.specs import FinetuneSpec
 from tsenor_cli.training.callback import KeepMasks
@@ -56,6 +58,9 @@ def train(
 
     Returns:
         The loss of every step, in nats per token.
+
+    Raises:
+        CheckFailed: a loss is not finite.
     """
     trainer = Trainer(
         model,
@@ -96,6 +101,7 @@ def _arguments(spec: FinetuneSpec, device: torch.device, folder: Path) -> Traini
         save_steps=spec.save_every,
         save_total_limit=2,  # one of them is whole at any time
         logging_steps=1,
+        logging_nan_inf_filter=False,  # it would say another loss
         report_to="none",
         disable_tqdm=True,
         **checkpointing,
@@ -111,8 +117,16 @@ class _Told(TrainerCallback):
         self._journal, self._observer = journal, observer
 
     def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **given: Any) -> None:  # noqa: ANN401, ARG002
-        if "loss" in given["logs"]:
-            self._observer.trained(state.global_step, state.max_steps, given["logs"]["loss"])
+        loss = given["logs"].get("loss")
+        if loss is None:
+            return
+        if not math.isfinite(loss):
+            raise CheckFailed(
+                f"training has diverged: the loss of step {state.global_step} is {loss}",
+                "take a smaller --learning-rate",
+                code="diverged",
+            )
+        self._observer.trained(state.global_step, state.max_steps, loss)
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:  # noqa: ANN401, ARG002
         self._journal.note("saved", {"step": state.global_step})
