@@ -14,9 +14,10 @@ from checkpoints import make_checkpoint
 from nets import OPTIMIZERS, PATTERN, STEPS
 from torch import nn
 
+from tsenor_cli.errors import InputRefused
 from tsenor_cli.pipeline import prune, verify
 from tsenor_cli.specs import PruneSpec
-from tsenor_cli.training import KeepMasks, merge_lora, model_masks
+from tsenor_cli.training import KeepMasks, mask_adapters, merge_lora, model_masks
 
 pytestmark = pytest.mark.slow
 
@@ -84,11 +85,13 @@ def test_trainer(sparse, tmp_path):
     assert_pattern(model.to(torch.bfloat16), tmp_path / "out", sparse)
 
 
-def adapted(sparse):
+def adapted(sparse, *, masked=False):
     """The Llama with trained adapters."""
     from peft import LoraConfig, get_peft_model
 
     model = get_peft_model(load(sparse, dtype=torch.float32), LoraConfig(r=4, target_modules=["q_proj", "down_proj"]))
+    if masked:
+        assert len(mask_adapters(model, sparse)) == 4
     optimizer = OPTIMIZERS["adamw"]([parameter for parameter in model.parameters() if parameter.requires_grad])
     for _ in range(20):
         with torch.enable_grad():
@@ -118,3 +121,29 @@ def test_adapters_merge_into_the_pattern(sparse, tmp_path):
     plain.to(torch.bfloat16).save_pretrained(tmp_path / "out")
     assert verify(str(tmp_path / "out"), PATTERN).ok
     assert isinstance(plain.get_submodule("model.layers.0.self_attn.q_proj"), nn.Linear)
+
+
+@torch.no_grad()
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")
+def test_what_masked_adapters_were_trained_to_is_what_the_merge_gives(sparse):
+    model = adapted(sparse, masked=True).eval()
+    trained, untrained = model(input_ids=rows()).logits, load(sparse, dtype=torch.float32)(input_ids=rows()).logits
+    with model.disable_adapter():
+        torch.testing.assert_close(model(input_ids=rows()).logits, untrained)
+    plain, _ = merge_lora(model, sparse)
+    torch.testing.assert_close(plain(input_ids=rows()).logits, trained, rtol=1e-4, atol=1e-5)
+    assert (trained - untrained).abs().max() > 0.1
+
+    model = adapted(sparse).eval()
+    trained = model(input_ids=rows()).logits
+    plain, _ = merge_lora(model, sparse)
+    assert (plain(input_ids=rows()).logits - trained).abs().max() > 0.1  # unmasked, much is lost
+
+
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")
+def test_adapters_of_other_kinds_are_refused(sparse):
+    from peft import LoraConfig, get_peft_model
+
+    model = get_peft_model(load(sparse), LoraConfig(r=4, target_modules=["q_proj"], use_dora=True))
+    with pytest.raises(InputRefused, match=r"the adapter of .*q_proj\.weight is no plain LoRA"):
+        mask_adapters(model, sparse)

@@ -9,6 +9,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from tsenor_cli.training.adapters import mask_adapters
     from tsenor_cli.training.callback import KeepMasks
     from tsenor_cli.training.keeper import MaskKeeper, keep_masks
     from tsenor_cli.training.lora import MergedWeight, merge_lora
@@ -22,6 +23,7 @@ __all__ = [
     "Swap",
     "densify",
     "keep_masks",
+    "mask_adapters",
     "merge_lora",
     "model_masks",
     "sparsify_for_training",
@@ -34,6 +36,7 @@ _HOMES = {
     "Swap": "semi_structured",
     "densify": "semi_structured",
     "keep_masks": "keeper",
+    "mask_adapters": "adapters",
     "merge_lora": "lora",
     "model_masks": "masks",
     "sparsify_for_training": "semi_structured",
