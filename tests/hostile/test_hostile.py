@@ -17,7 +17,7 @@ from hostile.mutants import MUTANTS
 
 JUDGE = Path(__file__).with_name("judge.py")
 MEMORY = [path for path in ("/dev/shm",) if os.access(path, os.W_OK)]
-CHUNKS = [("safetensors", first, 1500) for first in range(0, 6_000, 1500)] + [("config", 0, 700), ("index", 0, 700)]
+CHUNKS = [("safetensors", first, 1000) for first in range(0, 4_000, 1000)] + [("config", 0, 300), ("index", 0, 400)]
 
 
 @pytest.mark.slow

@@ -133,7 +133,7 @@ def test_an_interrupted_run_goes_on_to_the_same_bytes(step, sparse, text, tmp_pa
 @pytest.mark.slow
 def test_killed_and_resumed(sparse, text, tmp_path):
     """A real process, a real signal: what is left is the journal and the last whole checkpoint of Trainer."""
-    options = ["--sequence-length=16", "--steps=200", "--batch-size=2", "--learning-rate=1e-2", "--save-every=20"]
+    options = ["--sequence-length=16", "--steps=60", "--batch-size=2", "--learning-rate=1e-2", "--save-every=5"]
 
     def command(out, *more):
         return [
