@@ -12,7 +12,7 @@ import torch
 
 from tsenor_cli.kernels import reference
 from tsenor_cli.kernels.contract import UnusableScoresError
-from tsenor_cli.kernels.gpu import exact
+from tsenor_cli.kernels.gpu import exact, settle_kernel
 from tsenor_cli.kernels.gpu.exact_variants import settle_variants, variants
 from tsenor_cli.masks import certificate
 
@@ -83,13 +83,11 @@ def test_small_blocks(n, m, device):
 
 
 @pytest.mark.slow
-@pytest.mark.slow
 @pytest.mark.parametrize(("n", "m", "names"), LARGE, ids=lambda value: str(value) if isinstance(value, int) else "")
 def test_large_blocks(n, m, names, device):
     assert_is_that_of_the_reference(every_kind(m, names), n, m, device)
 
 
-@pytest.mark.slow
 @pytest.mark.slow
 @pytest.mark.parametrize(("n", "m"), [(2, 4), (4, 8)])
 def test_no_oracle_is_better(n, m, device):
@@ -127,7 +125,6 @@ def test_all_bits_of_float64_count(n, m, device):
 
 
 @pytest.mark.slow
-@pytest.mark.slow
 @pytest.mark.parametrize("size", [1e-3, 1e30])
 def test_any_duals_lead_to_the_same_mask(size, device):
     scores = every_kind(8, NOT_SLOW)
@@ -136,7 +133,6 @@ def test_any_duals_lead_to_the_same_mask(size, device):
     assert np.array_equal(mask, expect(scores, 4, 8)[0])
 
 
-@pytest.mark.slow
 @pytest.mark.slow
 @pytest.mark.parametrize(("n", "m"), [(2, 4), (3, 7), (4, 8)])
 def test_duals_prove_the_mask_and_are_a_good_start(n, m, device):
@@ -151,7 +147,6 @@ def test_duals_prove_the_mask_and_are_a_good_start(n, m, device):
     assert np.array_equal(again, mask)
 
 
-@pytest.mark.slow
 @pytest.mark.slow
 @pytest.mark.parametrize(("n", "m"), [(3, 6), (4, 8)])
 def test_settling_is_right_from_any_mask_and_prices(n, m, device):
@@ -171,7 +166,8 @@ def test_settling_is_right_from_any_mask_and_prices(n, m, device):
     }
     prices = torch.from_numpy(rng.integers(-(1 << 27), 1 << 27, (blocks, 8)).astype(np.int32)).to(device)
     objective = torch.empty(blocks, dtype=torch.float64, device=device)
-    queue, state = torch.arange(blocks, device=device), torch.ones(blocks, dtype=torch.int32, device=device)
+    queue = torch.cat([torch.arange(blocks), torch.full((70,), settle_kernel.NOBODY.value)]).to(device)
+    state = torch.ones(blocks, dtype=torch.int32, device=device)
     tally = exact.settle_queue(shared, queue, state, prices, objective, objective, 1000, settle_variants(m, "fp32", 32))
     expected, expected_tally = expect(scores, n, m)
     assert np.array_equal(mask.cpu().numpy(), expected)

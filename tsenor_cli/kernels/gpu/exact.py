@@ -87,9 +87,8 @@ def solve_transposable(
         tries=TRIES,
         most=most,
     )
-    queue = state.nonzero().squeeze(1)
-    if len(queue) == 0:
-        return Tally(float(objective.sum()), 0.0, 0.0, 0)
+    # How many blocks wait stays on the card: to ask would be to wait, and then the card would wait for the host.
+    queue = torch.nonzero_static(state, size=blocks, fill_value=settle_kernel.NOBODY.value).squeeze(1)
     both = settle_variants(m, dtype, lanes, duals=duals is not None)
     return settle_queue(shared, queue, state, prices, objective, found, most, both)
 
@@ -125,15 +124,16 @@ def settle_queue(
     most: int,
     variants: tuple[Variant, Variant],
 ) -> Tally:
-    """Settle the blocks whose numbers are in `queue` [waiting] int64, and add up everything, in one copy to the host.
+    """Settle the blocks whose numbers are in `queue` [places] int64, and add up everything, in one copy to the host.
 
-    state, prices and objective are those of all blocks, see draft_kernel.py; the objectives of the queue are replaced.
+    The queue may end with places where nobody waits. state, prices and objective are those of all blocks, see
+    draft_kernel.py; the objectives of the queue are replaced.
     """
-    waiting, form = len(queue), variants[0].constants
-    programs = -(-waiting // (form["L"] // (form["RO"] * form["CO"])))
-    statistics = torch.empty((waiting, COUNT), dtype=torch.float64, device=queue.device)
-    exact_prices = torch.empty((waiting, prices.shape[1]), dtype=torch.int64, device=queue.device)
-    shared = shared | {"queue": queue, "exact_prices": exact_prices, "waiting": waiting}
+    places, form = len(queue), variants[0].constants
+    programs = -(-places // (form["L"] // (form["RO"] * form["CO"])))
+    statistics = torch.zeros((places, COUNT), dtype=torch.float64, device=queue.device)
+    exact_prices = torch.empty((places, prices.shape[1]), dtype=torch.int64, device=queue.device)
+    shared = shared | {"queue": queue, "exact_prices": exact_prices, "places": places}
     variants[0].launch(programs, **shared, prices=prices)
     variants[1].launch(programs, **shared, objective=objective, statistics=statistics, duals=duals, most=most)
     of_all = torch.stack([objective.sum(), state.amax().double()])

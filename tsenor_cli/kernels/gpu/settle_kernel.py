@@ -35,11 +35,13 @@ OUTSIDE = tl.constexpr(1 << 58)  # the price of what is no column
 SWEEPS = tl.constexpr(12)  # of `price`: enough where it can succeed at all
 NOTICEABLE = tl.constexpr(1e-9)  # a gap that is worth the search for better duals
 
-# What is written of each block, float64 [waiting, STATISTICS].
+NOBODY = tl.constexpr(-1)  # in the queue, from where it ends on
+
+# What is written of each block, float64 [places, STATISTICS].
 EXCESS, GAP, REPAIRED, FAILED = (tl.constexpr(k) for k in range(4))
 STATISTICS = tl.constexpr(4)
 
-NUMBERS = ["waiting", "per_row", "stride", "n", "most"]
+NUMBERS = ["places", "per_row", "stride", "n", "most"]
 POINTERS = ["scores", "ties", "queue", "mask", "exact_prices", "objective", "statistics", "duals"]
 FIRST_NUMBERS = NUMBERS[:-1]
 FIRST_POINTERS = ["scores", "ties", "queue", "mask", "prices", "exact_prices"]
@@ -53,7 +55,7 @@ def arrange(
     mask,
     prices,
     exact_prices,
-    waiting,
+    places,
     per_row,
     stride,
     n,
@@ -64,14 +66,15 @@ def arrange(
     CO: tl.constexpr,
     L: tl.constexpr,
 ):
-    """Make the masks of the `waiting` blocks whose numbers are in queue, int64, the best of their counts.
+    """Make the masks of the blocks whose numbers are in queue, int64 [places], the best of their counts.
 
-    exact_prices int64 [waiting, SIDE] gets prices of the columns that prove it. For the others see draft_kernel.py.
+    exact_prices int64 [places, SIDE] gets prices of the columns that prove it. For the others see draft_kernel.py.
     """
     SIDE: tl.constexpr = RI * RO
+    if tl.load(queue + tl.program_id(0) * (L // (RO * CO))) == NOBODY:
+        return
     row, column, place = rows_of(L, RI, RO, CO), columns_of(L, CI, CO), blocks_of(L, RO, CO)
-    real = place < waiting
-    block = tl.load(queue + tl.max_contiguous(place, (L, 1, 1)), mask=real, other=0)
+    block, real = taken_from(queue, place, places, L)
     inside = real & (row < M) & (column < M)
     offset = place_of(block, per_row, stride, row, column, M, L)
     w, _, _ = integers_of(scores, ties, offset, inside, row * SIDE + column, RO, CO)
@@ -101,7 +104,7 @@ def settle(
     objective,
     statistics,
     duals,
-    waiting,
+    places,
     per_row,
     stride,
     n,
@@ -116,13 +119,14 @@ def settle(
 ):
     """Balance the columns of what `arrange` has left, and certify it.
 
-    objective float64 [blocks]; statistics float64 [waiting, STATISTICS]: REPAIRED where paths were needed, FAILED where
+    objective float64 [blocks]; statistics float64 [places, STATISTICS]: REPAIRED where paths were needed, FAILED where
     `most` sweeps were not enough.
     """
     SIDE: tl.constexpr = RI * RO
+    if tl.load(queue + tl.program_id(0) * (L // (RO * CO))) == NOBODY:
+        return
     row, column, place = rows_of(L, RI, RO, CO), columns_of(L, CI, CO), blocks_of(L, RO, CO)
-    real = place < waiting
-    block = tl.load(queue + tl.max_contiguous(place, (L, 1, 1)), mask=real, other=0)
+    block, real = taken_from(queue, place, places, L)
     inside = real & (row < M) & (column < M)
     offset = place_of(block, per_row, stride, row, column, M, L)
     w, terms, unit = integers_of(scores, ties, offset, inside, row * SIDE + column, RO, CO)
@@ -157,6 +161,14 @@ def settle(
         of_columns = tl.max_contiguous(block * (2 * M) + M + column, (L, 1, 1))
         tl.store(duals + of_rows, u.to(tl.float64) * unit, mask=real & (row < M))
         tl.store(duals + of_columns, v.to(tl.float64) * unit, mask=real & (column < M))
+
+
+@triton.jit
+def taken_from(queue, place, places, L: tl.constexpr):
+    """The blocks that wait at some places of the queue, and where one does."""
+    block = tl.load(queue + tl.max_contiguous(place, (L, 1, 1)), mask=place < places, other=NOBODY)
+    real = block != NOBODY
+    return tl.where(real, block, 0), real
 
 
 @triton.jit
