@@ -7,6 +7,7 @@ import os
 if os.environ.get("TSENOR_TEST_DEVICE") != "cuda":  # Triton reads this once, and torch or transformers may import it
     os.environ["TRITON_INTERPRET"] = "1"
 
+import random
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
@@ -46,6 +47,15 @@ def tsenor(capsys):
         return Outcome(code, captured.out, captured.err)
 
     return call
+
+
+@pytest.fixture(scope="session")
+def text(tmp_path_factory) -> Path:
+    """A file of made-up words."""
+    path = tmp_path_factory.mktemp("text") / "text.txt"
+    letters = random.Random(0)
+    path.write_text(" ".join("".join(letters.choices("abcdefgh ijklmnop,.", k=7)) for _ in range(400)))
+    return path
 
 
 @pytest.fixture(scope="session")

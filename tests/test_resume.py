@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import random
 import re
 import shutil
 from dataclasses import replace
@@ -43,14 +42,6 @@ class Stops(Observer):
 @pytest.fixture(scope="module")
 def model(tmp_path_factory):
     return add_tokenizer(make_checkpoint("llama", tmp_path_factory.mktemp("model") / "llama"))
-
-
-@pytest.fixture(scope="module")
-def text(tmp_path_factory):
-    path = tmp_path_factory.mktemp("text") / "text.txt"
-    letters = random.Random(0)
-    path.write_text(" ".join("".join(letters.choices("abcdefgh ijklmnop,.", k=7)) for _ in range(400)))
-    return path
 
 
 @pytest.fixture

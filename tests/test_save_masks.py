@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import random
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -67,14 +66,6 @@ def test_they_are_those_of_the_solver(architecture, layout, transposable, tmp_pa
     check = verify(str(tmp_path / "out"), against=str(source))
     assert check.ok, check.failures
     assert all(tensor.masked and not tensor.exact for tensor in check.tensors)
-
-
-@pytest.fixture(scope="module")
-def text(tmp_path_factory):
-    path = tmp_path_factory.mktemp("text") / "text.txt"
-    letters = random.Random(0)
-    path.write_text(" ".join("".join(letters.choices("abcdefgh ijklmnop,.", k=7)) for _ in range(400)))
-    return path
 
 
 @pytest.mark.parametrize("transposable", [True, False])

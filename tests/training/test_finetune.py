@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import random
 import shutil
 import subprocess
 import sys
@@ -24,14 +23,6 @@ from tsenor_cli.specs import FinetuneSpec, NMPattern, PruneSpec
 
 PATTERN = NMPattern(2, 4)
 ARCHITECTURES = ["llama", "gpt2", "qwen3_moe", "gpt_oss"]  # plain, renamed and transposed, joined experts, fused ones
-
-
-@pytest.fixture(scope="module")
-def text(tmp_path_factory):
-    path = tmp_path_factory.mktemp("text") / "text.txt"
-    letters = random.Random(0)
-    path.write_text(" ".join("".join(letters.choices("abcdefgh ijklmnop,.", k=7)) for _ in range(400)))
-    return path
 
 
 @pytest.fixture(scope="module")

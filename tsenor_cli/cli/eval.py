@@ -15,6 +15,8 @@ from tsenor_cli.cli.options import (
     log_format_option,
     memory_budget_option,
     quiet_option,
+    sequence_length_option,
+    text_field_option,
     verbose_option,
 )
 
@@ -33,17 +35,11 @@ WIKITEXT = "hf:Salesforce/wikitext:wikitext-2-raw-v1:test"
     show_default=True,
     help="What to predict: .txt, .jsonl, .parquet, - for standard input, or hf:dataset[:config][:split].",
 )
-@click.option(
-    "--text-field", "field", default="text", show_default=True, help="The field of JSON lines and tables that is text."
-)
+@text_field_option("field")
 @click.option(
     "--baseline", metavar="MODEL", type=DIRECTORY, help="Another checkpoint, with the same tokenizer, to compare with."
 )
-@click.option(
-    "--sequence-length",
-    type=click.IntRange(2),
-    help="Tokens of a window.  [default: the model's maximum, 2048 at most]",
-)
+@sequence_length_option
 @click.option("--max-windows", type=click.IntRange(1), help="Use no more than this many windows of the text.")
 @memory_budget_option
 @device_option

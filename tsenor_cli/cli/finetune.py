@@ -16,7 +16,11 @@ from tsenor_cli.cli.options import (
     json_option,
     log_format_option,
     memory_budget_option,
+    overwrite_option,
     quiet_option,
+    resume_option,
+    sequence_length_option,
+    text_field_option,
     verbose_option,
 )
 from tsenor_cli.report.checks import Condition, fail_if
@@ -35,28 +39,16 @@ if TYPE_CHECKING:
     type=TEXT,
     help="What to learn: .txt, .jsonl, .parquet, - for standard input, or hf:dataset[:config][:split].",
 )
-@click.option(
-    "--text-field", "field", default="text", show_default=True, help="The field of JSON lines and tables that is text."
-)
+@text_field_option("field")
 @click.option(
     "-o", "--output", type=click.Path(path_type=Path), help="Output directory.  [default: DIRECTORY-finetuned]"
 )
-@click.option(
-    "--overwrite", is_flag=True, help="Replace an existing checkpoint at the output, once the new one is complete."
-)
-@click.option(
-    "--resume/--no-resume",
-    default=None,
-    help="Go on where an interrupted run stopped, if there was one, or start over.  [default: refuse to choose]",
-)
+@overwrite_option
+@resume_option
 @click.option("--steps", type=click.IntRange(1), default=200, show_default=True, help="Steps of AdamW.")
 @click.option("--batch-size", type=click.IntRange(1), default=8, show_default=True, help="Windows that run at once.")
 @click.option("--accumulate", type=click.IntRange(1), default=1, show_default=True, help="Batches of a step.")
-@click.option(
-    "--sequence-length",
-    type=click.IntRange(2),
-    help="Tokens of a window.  [default: the model's maximum, 2048 at most]",
-)
+@sequence_length_option
 @click.option(
     "--learning-rate",
     type=click.FloatRange(0, min_open=True),

@@ -154,6 +154,35 @@ def memory_budget_option(command: Command) -> Command:
     )(command)
 
 
+def overwrite_option(command: Command) -> Command:
+    return click.option(
+        "--overwrite", is_flag=True, help="Replace an existing checkpoint at the output, once the new one is complete."
+    )(command)
+
+
+def resume_option(command: Command) -> Command:
+    return click.option(
+        "--resume/--no-resume",
+        default=None,
+        help="Go on where an interrupted run stopped, if there was one, or start over.  [default: refuse to choose]",
+    )(command)
+
+
+def sequence_length_option(command: Command) -> Command:
+    return click.option(
+        "--sequence-length",
+        type=click.IntRange(2),
+        help="Tokens of a window.  [default: the model's maximum, 2048 at most]",
+    )(command)
+
+
+def text_field_option(name: str) -> Callable[[Command], Command]:
+    """The option, for a command that calls it `name`."""
+    return click.option(
+        "--text-field", name, default="text", show_default=True, help="The field of JSON lines and tables that is text."
+    )
+
+
 def only_option(command: Command) -> Command:
     return click.option(
         "--only",

@@ -20,7 +20,11 @@ from tsenor_cli.cli.options import (
     log_format_option,
     memory_budget_option,
     only_option,
+    overwrite_option,
     quiet_option,
+    resume_option,
+    sequence_length_option,
+    text_field_option,
     verbose_option,
 )
 from tsenor_cli.report.checks import Condition, fail_if
@@ -52,14 +56,8 @@ if TYPE_CHECKING:
     type=click.Path(path_type=Path),
     help="Output directory.  [default: MODEL-NofM-transposable, in the current directory]",
 )
-@click.option(
-    "--overwrite", is_flag=True, help="Replace an existing checkpoint at the output, once the new one is complete."
-)
-@click.option(
-    "--resume/--no-resume",
-    default=None,
-    help="Go on where an interrupted run stopped, if there was one, or start over.  [default: refuse to choose]",
-)
+@overwrite_option
+@resume_option
 @click.option(
     "--standard/--transposable",
     default=None,
@@ -83,17 +81,11 @@ if TYPE_CHECKING:
     type=TEXT,
     help="Text for calibrated methods: .txt, .jsonl, .parquet, - for standard input, or hf:dataset[:config][:split].",
 )
-@click.option(
-    "--text-field", default="text", show_default=True, help="The field of JSON lines and tables that is text."
-)
+@text_field_option("text_field")
 @click.option(
     "--samples", type=click.IntRange(1), default=128, show_default=True, help="Windows of text to calibrate with."
 )
-@click.option(
-    "--sequence-length",
-    type=click.IntRange(2),
-    help="Tokens of a window.  [default: the model's maximum, 2048 at most]",
-)
+@sequence_length_option
 @click.option(
     "--seed", type=click.IntRange(0), default=0, show_default=True, help="Which windows of the text are taken."
 )
