@@ -69,6 +69,16 @@ def test_a_good_output_passes(sparse, pristine_llama):
     assert verify(str(sparse), NMPattern(2, 4, transposable=False)).ok
 
 
+def test_a_report_of_the_schema_before_is_believed_as_ever(sparse, pristine_llama):
+    path = sparse / "tsenor-report.json"
+    facts = json.loads(path.read_text())
+    del facts["training"]
+    for record in facts["tensors"]:
+        del record["mask_sha256"]
+    path.write_text(json.dumps({**facts, "schema_version": 5}))
+    assert verify(str(sparse), against=str(pristine_llama)).ok
+
+
 def test_one_weight_too_many_along_rows(sparse):
     edit(sparse, NAME, lambda w: w.__setitem__(first(w == 0), 1.0))
     assert "more than 2" in failures(sparse)[NAME]

@@ -166,7 +166,7 @@ def _claim_of_report(path: Path, pattern: NMPattern | None) -> _Claim:
         pruned = [record for record in report["tensors"] if record["action"] == "pruned"]
         tensors = {record["name"]: _claim_of_record(record, report, pattern) for record in pruned}
         hashes = {record["name"]: str(record["sha256"]) for record in report["tensors"]}
-        return _Claim(tensors, hashes if pattern is None else {}, trained=report["training"] is not None)
+        return _Claim(tensors, hashes if pattern is None else {}, trained=report.get("training") is not None)
     except (KeyError, TypeError, ValueError, UsageError) as error:
         raise InputRefused(
             f"{path} is not a report of tsenor ({error})", "remove it and give --nm N:M", code="damaged-report"
