@@ -9,10 +9,9 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from tsenor_cli.training.adapters import mask_adapters
     from tsenor_cli.training.callback import KeepMasks
     from tsenor_cli.training.keeper import MaskKeeper, keep_masks
-    from tsenor_cli.training.lora import MergedWeight, merge_lora
+    from tsenor_cli.training.lora import MergedWeight, mask_adapters, merge_lora
     from tsenor_cli.training.masks import model_masks
     from tsenor_cli.training.semi_structured import Swap, densify, sparsify_for_training
 
@@ -36,7 +35,7 @@ _HOMES = {
     "Swap": "semi_structured",
     "densify": "semi_structured",
     "keep_masks": "keeper",
-    "mask_adapters": "adapters",
+    "mask_adapters": "lora",
     "merge_lora": "lora",
     "model_masks": "masks",
     "sparsify_for_training": "semi_structured",

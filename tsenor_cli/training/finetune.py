@@ -45,6 +45,7 @@ from tsenor_cli.errors import CheckFailed, InputRefused, UsageError
 from tsenor_cli.identity import model_identity, option_name, text_identity
 from tsenor_cli.job import absolute
 from tsenor_cli.observer import Observer
+from tsenor_cli.report import page
 from tsenor_cli.report.card import training_card
 from tsenor_cli.report.costs import Costs
 from tsenor_cli.report.read import read_report
@@ -107,7 +108,7 @@ def finetune(spec: FinetuneSpec, observer: Observer | None = None) -> Report:
         write_text(staged.directory / REPORT_FILE, report.to_json())
         _verify(staged.directory, observer)
         write_text(staged.directory / CARD_FILE, training_card(job.checkpoint, report))
-        write_text(staged.directory / PAGE_FILE, _page(report))
+        write_text(staged.directory / PAGE_FILE, page.report_page(report))
     return report
 
 
@@ -241,12 +242,6 @@ def _verify(directory: Path, observer: Observer) -> None:
     if not found.ok:
         first = found.failures[0]
         raise CheckFailed(f"{first.where}: {first.what}", "train with a smaller --learning-rate", code="verify-failed")
-
-
-def _page(report: Report) -> str:
-    from tsenor_cli.report.page import report_page  # and with it matplotlib, which only this needs
-
-    return report_page(report)
 
 
 def _versions() -> dict[str, str]:

@@ -1,7 +1,8 @@
-"""Merging LoRA adapters into sparse weights without losing the pattern.
+"""LoRA adapters of sparse weights: trained and merged without losing the pattern.
 
-An adapter's product B A is dense, so W + B A is, too. What of it falls on dropped weights is left out, and how much
-that was is said: an adapter that has put much there was trained for a model that the merge cannot give.
+An adapter's product B A is dense, so W + B A is, too. A merge leaves out what falls on dropped weights, and says how
+much that was; `mask_adapters` has adapters train without it, x (W + M∘B A)ᵀ in place of x Wᵀ + x Aᵀ Bᵀ: a product of
+the size of W in every pass, and a merged model that is the trained one.
 """
 
 from __future__ import annotations
@@ -12,10 +13,65 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from peft.tuners.lora import Linear
+from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
+from torch.nn.functional import linear
 
+from tsenor_cli.errors import InputRefused
 from tsenor_cli.training.keeper import keep_masks
 from tsenor_cli.training.masks import model_masks, parameters_of
+
+
+def mask_adapters(model: nn.Module, masks: Mapping[str, torch.Tensor] | Path | str) -> list[str]:
+    """Let every adapter of a masked weight act through the mask from now on, in place.
+
+    Args:
+        model: what `peft.get_peft_model` or `PeftModel.from_pretrained` gave.
+        masks: see keep_masks.
+
+    Returns:
+        The names of the weights whose adapters are masked now.
+
+    Raises:
+        InputRefused: the adapter of a masked weight is another kind than plain LoRA of a linear layer.
+    """
+    named = masks if isinstance(masks, Mapping) else model_masks(model, Path(masks))
+    found = {name: layer for layer, weights in _adapted(model) for name in weights if name in named}
+    if odd := [name for name, layer in found.items() if not isinstance(layer, Linear) or layer.lora_variant]:
+        raise InputRefused(
+            f"the adapter of {odd[0]} is no plain LoRA of a linear layer",
+            "train it as it is, and see what merge_lora says is lost",
+            code="unsupported-model",
+        )
+    for name, layer in found.items():
+        layer.__class__ = _MaskedLinear
+        mask = named[name].t() if layer.fan_in_fan_out else named[name]
+        layer.register_buffer("kept", mask.to(layer.get_base_layer().weight.device), persistent=False)
+    return list(found)
+
+
+class _MaskedLinear(Linear):
+    """A LoRA layer whose adapters act through `kept`, bool [out, in]; made by `mask_adapters`, never directly."""
+
+    kept: torch.Tensor
+
+    def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:  # noqa: ANN401
+        if self.disable_adapters or self.merged:
+            return super().forward(x, *args, **kwargs)
+        result: torch.Tensor = self.base_layer(x, *args, **kwargs)
+        for name in self.active_adapters:
+            if name in self.lora_A:
+                result = result + self._adapter(name, x).to(result.dtype)
+        return result
+
+    def _adapter(self, name: str, x: torch.Tensor) -> torch.Tensor:
+        """What an adapter adds."""
+        a: Any = self.lora_A[name]
+        b: Any = self.lora_B[name]
+        scaling, dropout = self.scaling[name], self.lora_dropout[name]
+        delta = torch.where(self.kept, b.weight @ a.weight, 0) * scaling
+        return linear(dropout(x.to(a.weight.dtype)), delta, None if b.bias is None else b.bias * scaling)
 
 
 @dataclass(frozen=True)
@@ -44,26 +100,25 @@ def merge_lora(
         ValueError: peft finds a merged weight that is not finite.
     """
     named = masks if isinstance(masks, Mapping) else model_masks(model, Path(masks))
-    names = {parameter: name for name, parameter in parameters_of(model)}
     merged: list[MergedWeight] = []
     with keep_masks(model, named) as keeper:
-        for layer in _adapted(model):
-            weights = [weight for weight in layer.get_base_layer().parameters() if names.get(weight) in named]
-            before = [weight.detach().float().clone() for weight in weights]
+        for layer, weights in _adapted(model):
+            masked = {name: weight for name, weight in weights.items() if name in named}
+            before = {name: weight.detach().float().clone() for name, weight in masked.items()}
             layer.merge(safe_merge=True)
-            merged += (
-                _merged(names[weight], weight, old, named[names[weight]])
-                for weight, old in zip(weights, before, strict=True)
-            )
+            merged += (_merged(name, weight, before[name], named[name]) for name, weight in masked.items())
             keeper.apply()
     plain: nn.Module = model.unload()  # type: ignore[operator]  # a model of peft has it
     return plain, merged
 
 
-def _adapted(model: nn.Module) -> Iterator[Any]:
-    from peft.tuners.tuners_utils import BaseTunerLayer
-
-    return (module for module in model.modules() if isinstance(module, BaseTunerLayer))
+def _adapted(model: nn.Module) -> Iterator[tuple[Any, dict[str, nn.Parameter]]]:
+    """Every adapted layer, and its own weights by name."""
+    names = {parameter: name for name, parameter in parameters_of(model)}
+    for layer in model.modules():
+        if isinstance(layer, BaseTunerLayer):
+            own = layer.get_base_layer().parameters()
+            yield layer, {names[weight]: weight for weight in own if weight in names}
 
 
 def _merged(name: str, weight: torch.Tensor, before: torch.Tensor, mask: torch.Tensor) -> MergedWeight:
