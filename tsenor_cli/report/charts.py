@@ -16,7 +16,7 @@ import matplotlib as mpl
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter, MaxNLocator, NullFormatter
+from matplotlib.ticker import EngFormatter, FuncFormatter, MaxNLocator, NullFormatter
 
 from tsenor_cli.report.records import Histogram, Tile
 
@@ -31,6 +31,7 @@ _STYLE: dict[Any, Any] = {
     "svg.fonttype": "none",  # text stays text
     "font.family": ["DejaVu Sans"],  # comes with matplotlib; the page's style overrules it
     "font.size": 9,
+    "axes.formatter.useoffset": False,  # marks say what they are, without a sum in a corner
     "axes.edgecolor": _MUTED,
     "axes.labelcolor": _INK,
     "axes.spines.top": False,
@@ -57,7 +58,7 @@ def by_layer(name: str, series: Mapping[str, Points], *, label: str, log: bool =
         percent: values are.
     """
     with mpl.rc_context(_STYLE):
-        figure, axes = _figure(margins=(0.21, 0.17, 0.97, 0.96))
+        figure, axes = _figure(margins=(0.25, 0.17, 0.97, 0.96))
         shown = _percent if percent else _number
         for index, points in enumerate(series.values()):
             layers = [layer for layer, _ in points]
@@ -107,7 +108,7 @@ def histogram(found: Histogram) -> str:
         axes.stairs(found.before, edges, color=_series_colour(0), fill=True, alpha=0.35, label="before")
         axes.stairs(found.after, edges, color=_series_colour(1), linewidth=1.5, label="after, without the zeros")
         axes.set(xlabel="weight, in standard deviations of its tensor", ylabel="weights")
-        axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.0f}"))
+        axes.yaxis.set_major_formatter(EngFormatter())  # 100 M: billions of weights have no room in full
         axes.grid(axis="y")
         axes.legend(frameon=False, fontsize=8, ncols=2, loc="lower left", bbox_to_anchor=(0, 1))
         kept = sum(found.after) / max(sum(found.before), 1)
