@@ -11,6 +11,7 @@ from tsenor_cli.errors import CheckFailed
 from tsenor_cli.training import packing
 from tsenor_cli.training.packing import Kernels, Packed
 
+pytestmark = pytest.mark.slow
 QUICK = {"tokens": 12, "dtype": torch.float32, "device": torch.device("cpu"), "repeat": 2, "seed": 0}
 
 

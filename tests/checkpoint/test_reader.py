@@ -243,6 +243,7 @@ def test_a_tensor_in_two_shards_is_refused(tmp_path):
         open_checkpoint(tmp_path)
 
 
+@pytest.mark.slow
 def test_many_names_of_which_one_is_twice(tmp_path):
     """In linear time: a hundred thousand tensors of nothing, in two shards."""
     names = [f"w{number}" for number in range(100_000)]
@@ -275,6 +276,7 @@ def test_json_that_would_unfold_into_too_much(tmp_path, text):
         read_shard(one_tensor_file(tmp_path / "model.safetensors", header=text))
 
 
+@pytest.mark.slow
 def test_the_largest_header_that_is_allowed(tmp_path):
     entries = ",".join(f'"w{number}":{{"dtype":"F32","shape":[0],"data_offsets":[0,0]}}' for number in range(300_000))
     shard = read_shard(one_tensor_file(tmp_path / "a.safetensors", header=f"{{{entries}}}".encode(), data=b""))

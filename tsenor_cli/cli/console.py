@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from tsenor_cli.checkpoint.plan import Plan
     from tsenor_cli.report.records import TensorRecord
 
-_BAR = "{desc}{percentage:3.0f}% {bar:12} {n_fmt}{unit} of {total_fmt}{unit}, {rate_fmt}, {remaining} left{postfix}"
+_BAR = "{desc}{percentage:3.0f}% {bar:8} {n_fmt}{unit}/{total_fmt}{unit}, {rate_fmt}, {remaining} left{postfix}"
 _REFRESH_S = 0.2  # of what is costly to find out
 _EVENT_S = 1.0  # between two events of progress
 
