@@ -86,6 +86,9 @@ def test_what_cannot_be_merged(tsenor, spec, tmp_path):
     (tmp_path / "aside").rename(masks)
     spec.output.mkdir()
     fails(tsenor("merge", spec.output), 5, "exists")
+    (spec.output / "notes.txt").write_text("mine")
+    fails(tsenor("merge", spec.output, "--overwrite"), 5, "not made by tsenor")
+    (spec.output / "notes.txt").unlink()
     done = tsenor("merge", spec.output, "--overwrite")
     assert (done.code, done.out) == (0, f"{spec.output}\n")
     assert tsenor("verify", spec.output, "--against", spec.model).code == 0

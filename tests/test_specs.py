@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 
 from tsenor_cli.errors import UsageError
-from tsenor_cli.specs import NMPattern
+from tsenor_cli.specs import NMPattern, PruneSpec
 
 
 @pytest.mark.parametrize("text", ["1:2", "2:4", "1:64", "63:64", "16:32"])
@@ -27,3 +29,8 @@ def test_transposable_needs_both_axes():
     assert not NMPattern(2, 4).divides(6, 12)
     assert NMPattern(2, 4, transposable=False).divides(6, 12)
     assert not NMPattern(2, 4, transposable=False).divides(12, 6)
+
+
+def test_paths_are_what_the_run_needs():
+    spec = PruneSpec(Path("a") / "b", "out", NMPattern(2, 4))
+    assert (spec.model, spec.output) == (str(Path("a") / "b"), Path("out"))

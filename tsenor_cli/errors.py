@@ -8,6 +8,12 @@ from __future__ import annotations
 import errno
 
 DISK_FULL = {errno.ENOSPC, getattr(errno, "EDQUOT", errno.ENOSPC)}  # Windows has no quotas
+_TORCH_OUT_OF_MEMORY = ("can't allocate memory", "out of memory")  # of the CPU, of CUDA
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether Python or torch found no memory; torch says so in a RuntimeError."""
+    return isinstance(error, MemoryError) or any(words in str(error) for words in _TORCH_OUT_OF_MEMORY)
 
 
 class TsenorError(Exception):

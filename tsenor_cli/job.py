@@ -78,7 +78,7 @@ def prepare(spec: PruneSpec, processes: int) -> Job | Report:
     check_output(output, checkpoint.directory, overwrite=spec.overwrite)
     if spec.part is not None:
         plan = plan.restricted_to(share_shards(plan, [1.0] * spec.part.count)[spec.part.number - 1])
-    check_space(output, plan.output_bytes, plan.checkpoint.fetched_bytes)
+    check_space(output, plan.output_bytes + checkpoint.other_bytes, plan.checkpoint.fetched_bytes)
     return Job(spec, output, checkpoint, plan, tokens, eval_tokens, identity)
 
 

@@ -23,7 +23,7 @@ from tsenor_cli.checkpoint.plan import Plan
 from tsenor_cli.checkpoint.reader import Checkpoint, DiskTensor, open_checkpoint
 from tsenor_cli.checkpoint.remote import fetched
 from tsenor_cli.checkpoint.source import resolve_checkpoint
-from tsenor_cli.checkpoint.staging import Staged, joined_output, staged_output
+from tsenor_cli.checkpoint.staging import Staged, check_output, joined_output, staged_output
 from tsenor_cli.checkpoint.verifier import Verification, verify_checkpoint
 from tsenor_cli.checkpoint.writer import CARD_FILE, PAGE_FILE, REPORT_FILE, OutputShards, copy_file, write_text
 from tsenor_cli.device import device_name, find_device
@@ -210,9 +210,10 @@ def merge(output: Path, *, overwrite: bool = False) -> Report:
                 "make all parts with the same options, versions and model",
                 code="parts-differ",
             )
+    check_output(output, parts[0], overwrite=overwrite)
     report = merge_reports(reports)
     identity = {"parts": report.identity}
-    with staged_output(output, identity, overwrite=overwrite, resume=False) as staged:
+    with staged_output(output, identity, overwrite=overwrite, resume=None) as staged:
         bring_together(parts, staged.directory, left_out=(REPORT_FILE,))
         merged = open_checkpoint(staged.directory, report.model["revision"])
         tensors = {record.name for record in report.tensors}

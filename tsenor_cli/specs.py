@@ -170,6 +170,11 @@ class PruneSpec:
     overwrite: bool = False
     resume: bool | None = None  # go on with what an interrupted run left, or start over; None refuses to choose
 
+    def __post_init__(self) -> None:
+        """Take a Path for the model and a str for the output, as callers have them: reports hold the one as text."""
+        object.__setattr__(self, "model", str(self.model))
+        object.__setattr__(self, "output", Path(self.output))
+
     def choice(self, name: str) -> Choice | None:
         """What the rules say of a tensor, or else the defaults."""
         for rule in self.rules:

@@ -340,12 +340,10 @@ def test_packed_weights_are_refused_even_if_the_config_is_silent(tmp_path):
 
 
 def test_only_dense_copies_in_other_formats_are_left_out(llama):
-    for name in ("pytorch_model-00001-of-00002.bin", "consolidated.00.pth", "model.Q4.gguf", "spiece.bin.model"):
+    dense = ("pytorch_model-00001-of-00002.bin", "consolidated.00.pth", "model.Q4.gguf", "model.fp16.safetensors")
+    (llama / "checkpoint-5").mkdir()
+    for name in (*dense, "checkpoint-5/optimizer.pt", "spiece.bin.model"):
         (llama / name).write_bytes(b"x")
     checkpoint = open_checkpoint(llama)
-    assert [p.name for p in checkpoint.left_out_files] == [
-        "consolidated.00.pth",
-        "model.Q4.gguf",
-        "pytorch_model-00001-of-00002.bin",
-    ]
+    assert {p.as_posix() for p in checkpoint.left_out_files} == {*dense, "checkpoint-5/optimizer.pt"}
     assert "spiece.bin.model" in {p.name for p in checkpoint.other_files}

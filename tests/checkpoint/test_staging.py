@@ -256,17 +256,31 @@ def test_outputs_that_collide_with_the_input_are_refused(llama, tmp_path):
             check_output(output, llama, overwrite=True)
 
 
-def test_overwrite_replaces_checkpoints_and_nothing_else(llama, place):
+def test_overwrite_replaces_outputs_and_nothing_else(llama, place, monkeypatch):
     (place / "photos").mkdir()
-    (place / "photos" / "1.jpg").write_bytes(b"x")
+    (place / "photos" / "config.json").write_text("{}")  # many a program has one
     (place / "empty").mkdir()
+    (place / "link").symlink_to(place / "empty")
     shutil.copytree(llama, place / "old")
+    (place / "old" / "tsenor-report.json").write_text("{}")
     for name in ("old", "empty", "absent"):
         check_output(place / name, llama, overwrite=True)
-    with pytest.raises(OutputUnavailable, match="not a checkpoint"):
-        check_output(place / "photos", llama, overwrite=True)
+    for output, why in ((place / "photos", "not made by tsenor"), (place / "link", "not a directory")):
+        with pytest.raises(OutputUnavailable, match=why):
+            check_output(output, llama, overwrite=True)
     with pytest.raises(OutputUnavailable, match="exists"):
         check_output(place / "old", llama, overwrite=False)
+    (place / "empty" / "inside").mkdir()
+    monkeypatch.chdir(place / "empty" / "inside")
+    for output in (Path(), Path("..")):
+        with pytest.raises(OutputUnavailable, match="where you are"):
+            check_output(output, llama, overwrite=True)
+
+
+def test_a_mount_point_is_refused(llama):
+    """It cannot be renamed, as everything else beside it that is finished."""
+    with pytest.raises(OutputUnavailable, match="a mount point"):
+        check_output(Path("/proc"), llama, overwrite=True)
 
 
 def test_too_little_space_is_noticed_before_the_start(place):

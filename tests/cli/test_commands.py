@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import signal
 import subprocess
 import sys
@@ -449,3 +450,19 @@ def test_options_of_the_other_solver(tsenor, llama, tmp_path):
     fails(tsenor("prune", llama, "--nm", "2:4", "--solver", "entropic", "--tau", -1), 2, "tau is -1")
     fails(tsenor("prune", llama, "--nm", "2:4", "--standard", "--solver", "entropic"), 2, "transposable patterns")
     assert untouched(tmp_path / "work")
+
+
+def test_too_little_memory_anywhere_is_one_line(tsenor, llama, monkeypatch):
+    def inspect(*_):
+        raise RuntimeError("[enforce fail at alloc_cpu.cpp] . DefaultCPUAllocator: can't allocate memory")
+
+    monkeypatch.setattr("tsenor_cli.checkpoint.inspection.inspect_checkpoint", inspect)
+    fails(tsenor("inspect", llama), 1, "out of memory", "[out-of-memory]")
+
+
+def test_files_beside_the_weights_need_space_too(tsenor, llama, tmp_path, monkeypatch):
+    (llama / "notes.bin").write_bytes(bytes(5_000_000))
+    weights = sum(path.stat().st_size for path in llama.glob("*.safetensors"))
+    free = shutil.disk_usage(tmp_path)._replace(free=weights + 4_000_000)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: free)
+    fails(tsenor("prune", llama, "--nm", "2:4", "-o", tmp_path / "out"), 1, "GB free", "[disk-full]")

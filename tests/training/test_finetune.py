@@ -122,6 +122,50 @@ def test_an_interrupted_run_goes_on_to_the_same_bytes(step, sparse, text, tmp_pa
 
 
 @pytest.mark.slow
+def test_a_run_that_was_interrupted_after_training_trains_no_more(sparse, text, tmp_path, monkeypatch):
+    source, options = sparse("llama"), {"warmup": 1.0}  # the rate is not 0 at the end, so that one step more would show
+    whole = finetune(spec(source, tmp_path / "whole", text, **options))
+    with monkeypatch.context() as patch:
+        patch.setattr("tsenor_cli.training.finetune._write", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            finetune(spec(source, tmp_path / "out", text, **options))
+    resumed = finetune(spec(source, tmp_path / "out", text, resume=True, **options))
+    assert resumed.training == whole.training
+    for file in read_shards(tmp_path / "whole"):
+        assert (tmp_path / "whole" / file).read_bytes() == (tmp_path / "out" / file).read_bytes()
+
+
+@pytest.mark.slow
+def test_a_torn_checkpoint_is_passed_over(sparse, text, tmp_path):
+    """As a power cut may leave it: the one before serves."""
+    whole = finetune(spec(sparse("llama"), tmp_path / "whole", text))
+    with pytest.raises(KeyboardInterrupt):
+        finetune(spec(sparse("llama"), tmp_path / "out", text), _Stops(5))
+    with (tmp_path / "out.tsenor-partial" / "trainer" / "checkpoint-4" / "optimizer.pt").open("r+b") as file:
+        file.truncate(100)
+    resumed = finetune(spec(sparse("llama"), tmp_path / "out", text, resume=True))
+    assert resumed.training == whole.training
+
+
+@pytest.mark.parametrize(
+    ("failure", "words"),
+    [
+        ("[enforce fail at inline_container.cc] . unexpected pos 64 vs 0", ["could not be written", "[disk-full]"]),
+        ("CUDA out of memory. Tried to allocate 1 GiB", ["--batch-size", "[out-of-memory]"]),
+    ],
+)
+def test_what_the_machine_refuses(tsenor, sparse, text, tmp_path, monkeypatch, failure, words):
+    def train(*_, **__):
+        raise RuntimeError(failure)
+
+    monkeypatch.setattr(tsenor_cli.training.trainer.Trainer, "train", train)
+    done = tsenor("finetune", sparse("llama"), "--text", text, "--sequence-length", 16, "-o", tmp_path / "out")
+    assert (done.code, done.out) == (1, "")
+    assert all(word in done.err for word in words)
+    assert "Traceback" not in done.err
+
+
+@pytest.mark.slow
 def test_killed_and_resumed(sparse, text, tmp_path):
     """A real process, a real signal: what is left is the journal and the last whole checkpoint of Trainer."""
     options = ["--sequence-length=16", "--steps=60", "--batch-size=2", "--learning-rate=1e-2", "--save-every=5"]
@@ -177,7 +221,7 @@ def test_a_diverged_model_is_no_output(sparse, text, tmp_path, monkeypatch):
         return [1.0]
 
     monkeypatch.setattr("tsenor_cli.training.finetune.train", train)
-    with pytest.raises(Exception, match="not finite"):
+    with pytest.raises(CheckFailed, match=r"diverged.*not finite"):
         finetune(spec(sparse("llama"), tmp_path / "out", text))
     assert not (tmp_path / "out").exists()
 

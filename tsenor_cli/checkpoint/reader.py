@@ -182,6 +182,11 @@ class Checkpoint:
         return tuple(path for path in self._rest if not is_other_format(path.as_posix()))
 
     @cached_property
+    def other_bytes(self) -> int:
+        """Of those."""
+        return sum((self.directory / path).stat().st_size for path in self.other_files)
+
+    @cached_property
     def left_out_files(self) -> tuple[Path, ...]:
         """Dense copies of the weights in other formats, relative to the directory."""
         return tuple(path for path in self._rest if is_other_format(path.as_posix()))

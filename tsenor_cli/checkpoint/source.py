@@ -25,6 +25,17 @@ OTHER_WEIGHT_FORMATS = (
     "rust_model.ot",
     "original/*",
     "onnx/*",
+    "*.onnx",
+    "openvino*",
+    "coreml/*",
+    "metal/*",
+    "*.ckpt",
+    "model.pt",
+    "model.fp*.safetensors",  # from_pretrained(variant="fp16") loads it; shards may be called model.safetensors-*
+    "model.bf16*.safetensors",
+    "model.safetensors.index.*.json",
+    "checkpoint-*/*",  # of a Trainer, with the moments of its optimizer
+    "optimizer.pt",
 )
 _OFFLINE = ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE")
 _HUB_ID = re.compile(r"(?P<repo>[\w.-]+/[\w.-]+)(@(?P<revision>[\w./-]+))?")

@@ -26,10 +26,17 @@ from filelock import FileLock, Timeout
 from tsenor_cli.checkpoint.journal import Identity, Journal
 from tsenor_cli.checkpoint.jsonfile import read_object
 from tsenor_cli.checkpoint.writer import REPORT_FILE
-from tsenor_cli.errors import DISK_FULL, CheckFailed, InputRefused, OutputUnavailable, TsenorError, UsageError
+from tsenor_cli.errors import (
+    DISK_FULL,
+    CheckFailed,
+    InputRefused,
+    OutputUnavailable,
+    TsenorError,
+    UsageError,
+    is_out_of_memory,
+)
 
 _FUTILE = (InputRefused, CheckFailed, UsageError)  # the same run would end the same way again
-_TORCH_OUT_OF_MEMORY = ("can't allocate memory", "out of memory")  # of the CPU, of CUDA
 _AT_FDCWD, _RENAME_EXCHANGE = -100, 2  # linux/fcntl.h, linux/fs.h
 
 
@@ -57,9 +64,9 @@ def check_output(output: Path, source: Path, *, overwrite: bool) -> None:
         raise OutputUnavailable(
             f"{output} exists", "give another -o, or --overwrite to replace it", code="output-exists"
         )
-    if output.is_symlink() or not output.is_dir() or not _is_checkpoint(output):
+    if why := _why_not_to_replace(output):
         raise OutputUnavailable(
-            f"{output} is not a checkpoint, so --overwrite leaves it alone", "give another -o", code="output-exists"
+            f"{output} is {why}, so --overwrite leaves it alone", "give another -o", code="output-exists"
         )
 
 
@@ -262,8 +269,17 @@ def _partial(output: Path) -> Path:
     return output.with_name(output.name + ".tsenor-partial")
 
 
-def _is_checkpoint(path: Path) -> bool:
-    return not any(path.iterdir()) or (path / REPORT_FILE).is_file() or (path / "config.json").is_file()
+def _why_not_to_replace(output: Path) -> str | None:
+    """All of the old output goes: only what tsenor itself has made may be in it, and nobody may stand in it."""
+    if output.is_symlink() or not output.is_dir():
+        return "not a directory"
+    if Path.cwd().is_relative_to(output.resolve()):
+        return "where you are"
+    if os.path.ismount(output):
+        return "a mount point, which cannot be replaced"
+    if any(output.iterdir()) and not (output / REPORT_FILE).is_file():
+        return "not made by tsenor"
+    return None
 
 
 @contextmanager
@@ -276,7 +292,7 @@ def _plain_failures(output: Path) -> Iterator[None]:
         remedy, full = "mend this, or write elsewhere with -o", error.errno in DISK_FULL
         raise _with_notes(TsenorError(what, remedy, code="disk-full" if full else None), error) from error
     except (MemoryError, RuntimeError) as error:
-        if isinstance(error, RuntimeError) and not any(words in str(error) for words in _TORCH_OUT_OF_MEMORY):
+        if not is_out_of_memory(error):
             raise
         remedy = "free some, or need less with --memory-budget or fewer --samples"
         raise _with_notes(TsenorError("out of memory", remedy, code="out-of-memory"), error) from error

@@ -25,7 +25,7 @@ from tsenor_cli.cli.prune import prune
 from tsenor_cli.cli.report import report
 from tsenor_cli.cli.signals import Stopped, signals_raise
 from tsenor_cli.cli.verify import verify
-from tsenor_cli.errors import DISK_FULL, SaidElsewhereError, TsenorError, UsageError
+from tsenor_cli.errors import DISK_FULL, SaidElsewhereError, TsenorError, UsageError, is_out_of_memory
 from tsenor_cli.versions import versions
 
 _RESUME = "the same command with --resume goes on where this one stopped"
@@ -88,9 +88,18 @@ def run(arguments: Sequence[str]) -> int:
         # The reader of stdout has gone: nothing more can be said there. Keep the interpreter's last flush quiet.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
-    except OSError as error:
+    except (OSError, MemoryError, RuntimeError) as error:
+        return _fail_of_the_machine(error)
+
+
+def _fail_of_the_machine(error: OSError | MemoryError | RuntimeError) -> int:
+    """What no command has put into words, because it may happen anywhere; anything else is a bug."""
+    if isinstance(error, OSError):
         code = "disk-full" if error.errno in DISK_FULL else TsenorError.code
         return _fail(error, f"{error.filename or 'input or output'}: {error.strerror or error}", 1, code)
+    if is_out_of_memory(error):
+        return _fail(error, "out of memory", 1, "out-of-memory", "free some, or give it less to do at once")
+    raise error
 
 
 def _is_one_of_many() -> bool:

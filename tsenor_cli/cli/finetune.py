@@ -108,7 +108,7 @@ def finetune(
     """Train the pruned checkpoint in DIRECTORY on a text, its masks kept.
 
     Weights that were dropped stay zero through every step; the output is verified before it appears, and has the
-    shards, names and dtypes of the input. Training is in float32, on a GPU with products in bfloat16, and needs 17
+    shards, names and dtypes of the input. Training is in float32, on a GPU with products in bfloat16, and needs 18
     bytes of memory a parameter. Prints the output directory, or with --json the report.
 
     \b

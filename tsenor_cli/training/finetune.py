@@ -41,7 +41,7 @@ from tsenor_cli.checkpoint.writer import (
     write_text,
 )
 from tsenor_cli.device import device_name, find_device
-from tsenor_cli.errors import CheckFailed, InputRefused, UsageError
+from tsenor_cli.errors import CheckFailed, InputRefused, TsenorError, UsageError
 from tsenor_cli.identity import model_identity, option_name, text_identity
 from tsenor_cli.job import absolute
 from tsenor_cli.observer import Observer
@@ -52,7 +52,7 @@ from tsenor_cli.report.read import read_report
 from tsenor_cli.report.records import Report, TensorRecord
 from tsenor_cli.specs import FinetuneSpec
 from tsenor_cli.training.masks import mask_on_disk, model_masks
-from tsenor_cli.training.trainer import autocasts, train
+from tsenor_cli.training.trainer import CHECKPOINT_BYTES, CHECKPOINTS, autocasts, train
 from tsenor_cli.versions import versions
 
 _MOST_HELD_OUT, _HELD_OUT_EVERY = 64, 20
@@ -78,7 +78,7 @@ def finetune(spec: FinetuneSpec, observer: Observer | None = None) -> Report:
     """Train a checkpoint that `prune` has made, its masks kept, and write it to `spec.output` once it is verified.
 
     The whole model is in memory in float32, with its gradients and the two moments of AdamW, and a byte per weight for
-    masks: 17 bytes a parameter. Trainer's checkpoints, two at most, take 12 bytes a parameter each beside the output.
+    masks and one for what they drop: 18 bytes a parameter. Beside the output are up to CHECKPOINTS of Trainer's.
 
     Raises:
         UsageError, InputRefused, OutputUnavailable, TsenorError: as prune.
@@ -102,7 +102,7 @@ def finetune(spec: FinetuneSpec, observer: Observer | None = None) -> Report:
         del model, masks
         records = _write(job, weights, staged)
         costs.spent("finishing")
-        after = _perplexity(job, open_checkpoint(staged.directory), observer)
+        after = _perplexity_after(job, staged.directory, observer)
         costs.spent("perplexity")
         report = _report(job, records, losses, {"before": staged.journal.notes("perplexity")[0], "after": after}, costs)
         write_text(staged.directory / REPORT_FILE, report.to_json())
@@ -118,7 +118,7 @@ def _prepare(spec: FinetuneSpec) -> _Job | Report:
         raise UsageError(
             "fine-tuning needs the package accelerate", "pip install 'tsenor[train]'", code="missing-extra"
         )
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+    if int(os.environ.get("WORLD_SIZE") or 1) > 1:
         raise UsageError("tsenor finetune is for one process", "train with several by a script, with keep_masks")
     output, device = absolute(spec.output), find_device(spec.device)
     checkpoint = open_checkpoint(*resolve_checkpoint(spec.model))
@@ -131,12 +131,13 @@ def _prepare(spec: FinetuneSpec) -> _Job | Report:
     if spec.resume and already_finished(output, identity):
         return read_report(output)
     check_output(output, checkpoint.directory, overwrite=spec.overwrite)
-    check_space(output, checkpoint.nbytes)
+    parameters = sum(tensor.parameters for tensor in checkpoint.tensors.values())
+    check_space(output, checkpoint.nbytes + checkpoint.other_bytes + CHECKPOINTS * CHECKPOINT_BYTES * parameters)
     return _Job(spec, output, checkpoint, pruned, tokens, eval_tokens, device, identity)
 
 
 def _texts(spec: FinetuneSpec, checkpoint: Checkpoint) -> tuple[TextTokens, TextTokens]:
-    """What is learned, no more than the steps need, and what perplexity is measured on."""
+    """What is learned, as many windows as the steps need if there are, and what perplexity is measured on."""
     tokenizer, length = CheckpointTokenizer(checkpoint.directory), window_length(checkpoint, spec.sequence_length)
     needed = spec.steps * spec.batch_size * spec.accumulate
     samples = needed if spec.eval_text is not None else needed + _MOST_HELD_OUT
@@ -167,6 +168,16 @@ def _identity(
 
 def _perplexity(job: _Job, checkpoint: Checkpoint, observer: Observer) -> dict[str, Any]:
     return measure_perplexity(checkpoint, job.eval_tokens, observer, job.spec.memory_budget, job.device).to_dict()
+
+
+def _perplexity_after(job: _Job, directory: Path, observer: Observer) -> dict[str, Any]:
+    try:
+        return _perplexity(job, open_checkpoint(directory), observer)
+    except TsenorError as error:
+        if error.code != "overflow":
+            raise
+        what, remedy = f"training has diverged: {error.message}", "take a smaller --learning-rate"
+        raise CheckFailed(what, remedy, code="diverged") from error
 
 
 def _write(job: _Job, weights: Mapping[str, torch.Tensor], staged: Staged) -> list[TensorRecord]:

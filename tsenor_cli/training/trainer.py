@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+import os
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from transformers import (
     PreTrainedModel,
     PrinterCallback,
@@ -17,14 +20,19 @@ from transformers import (
     TrainerState,
     TrainingArguments,
 )
+from transformers.trainer import TRAINER_STATE_NAME
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from tsenor_cli.checkpoint.adapter.skeleton import no_progress_bar
 from tsenor_cli.checkpoint.journal import Journal
-from tsenor_cli.errors import CheckFailed
+from tsenor_cli.errors import CheckFailed, TsenorError, is_out_of_memory
 from tsenor_cli.observer import Observer
 from tsenor_cli.specs import FinetuneSpec
 from tsenor_cli.training.callback import KeepMasks
 
+CHECKPOINTS = 3  # of Trainer, beside the output while the third is written, so that one is whole at any time
+CHECKPOINT_BYTES = 12  # of each of them, a parameter: a weight and two moments
+_NOT_WRITTEN = ("No space left", "PytorchStreamWriter", "unexpected pos")  # of safetensors, of torch.save
 _CHECKPOINTING = [  # the second is what transformers called it before
     name
     for name in ("activation_checkpointing", "gradient_checkpointing")
@@ -52,7 +60,7 @@ def train(
         masks: by name of the parameter.
         spec: how.
         device: where.
-        folder: for Trainer's checkpoints, of which there are two at most.
+        folder: for Trainer's checkpoints, of which there are CHECKPOINTS at most.
         journal: says which of them are whole.
         observer: told of every step.
 
@@ -61,18 +69,55 @@ def train(
 
     Raises:
         CheckFailed: a loss is not finite.
+        TsenorError: there is no memory for it, or no room for a checkpoint.
     """
     trainer = Trainer(
         model,
         _arguments(spec, device, folder),
         train_dataset=[{"input_ids": window, "labels": window} for window in windows],
-        callbacks=[KeepMasks(masks), _Told(journal, observer)],
+        callbacks=[KeepMasks(masks), _Told(folder, journal, observer)],
     )
     trainer.remove_callback(PrinterCallback)  # it writes to stdout
-    saved = [folder / f"checkpoint-{note['step']}" for note in journal.notes("saved")]
-    with no_progress_bar():
-        trainer.train(resume_from_checkpoint=next((str(path) for path in reversed(saved) if path.is_dir()), None))
+    saved = _last_whole(folder, journal)
+    with no_progress_bar(), _plain_failures(folder):
+        if saved is not None and saved == _checkpoint(folder, spec.steps):  # Trainer would do one more step
+            trainer._load_from_checkpoint(str(saved))  # noqa: SLF001  (as it does itself)
+            trainer.state = TrainerState.load_from_json(str(saved / TRAINER_STATE_NAME))
+        else:
+            trainer.train(resume_from_checkpoint=None if saved is None else str(saved))
     return [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+
+
+def _last_whole(folder: Path, journal: Journal) -> Path | None:
+    """The last checkpoint that is there as it was noted: after a power cut, the journal may be ahead of the files."""
+    for note in reversed(journal.notes("saved")):
+        saved = _checkpoint(folder, note["step"])
+        if note["sizes"] == _sizes(saved):
+            return saved
+    return None
+
+
+def _checkpoint(folder: Path, step: int) -> Path:
+    return folder / f"{PREFIX_CHECKPOINT_DIR}-{step}"
+
+
+def _sizes(saved: Path) -> dict[str, int]:
+    return {path.name: path.stat().st_size for path in saved.glob("*")}
+
+
+@contextmanager
+def _plain_failures(folder: Path) -> Iterator[None]:
+    """What memory and disk refuse, as one line each: torch and safetensors have no OSError for a full disk."""
+    try:
+        yield
+    except (MemoryError, RuntimeError, SafetensorError) as error:
+        if is_out_of_memory(error):
+            remedy = "--no-resume with a smaller --batch-size and more --accumulate, or --checkpoint-activations"
+            raise TsenorError("out of memory in training", remedy, code="out-of-memory") from error
+        if not any(words in str(error) for words in _NOT_WRITTEN):
+            raise
+        what = f"{folder}: a checkpoint of the training could not be written ({str(error).splitlines()[0]})"
+        raise TsenorError(what, "free some space, or write elsewhere with -o", code="disk-full") from error
 
 
 def autocasts(device: torch.device) -> bool:
@@ -99,7 +144,7 @@ def _arguments(spec: FinetuneSpec, device: torch.device, folder: Path) -> Traini
         use_cpu=device.type == "cpu",
         dataloader_pin_memory=device.type == "cuda",
         save_steps=spec.save_every,
-        save_total_limit=2,  # one of them is whole at any time
+        save_total_limit=CHECKPOINTS - 1,  # it takes the oldest away when the newest is there
         logging_steps=1,
         logging_nan_inf_filter=False,  # it would say another loss
         report_to="none",
@@ -113,8 +158,8 @@ def _arguments(spec: FinetuneSpec, device: torch.device, folder: Path) -> Traini
 class _Told(TrainerCallback):
     """Tells the observer of steps, and the journal of checkpoints that are whole."""
 
-    def __init__(self, journal: Journal, observer: Observer) -> None:
-        self._journal, self._observer = journal, observer
+    def __init__(self, folder: Path, journal: Journal, observer: Observer) -> None:
+        self._folder, self._journal, self._observer = folder, journal, observer
 
     def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **given: Any) -> None:  # noqa: ANN401, ARG002
         loss = given["logs"].get("loss")
@@ -129,4 +174,8 @@ class _Told(TrainerCallback):
         self._observer.trained(state.global_step, state.max_steps, loss)
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:  # noqa: ANN401, ARG002
-        self._journal.note("saved", {"step": state.global_step})
+        saved = _checkpoint(self._folder, state.global_step)
+        for path in saved.glob("*"):
+            with path.open("rb") as file:
+                os.fsync(file.fileno())
+        self._journal.note("saved", {"step": state.global_step, "sizes": _sizes(saved)})
