@@ -13,7 +13,8 @@ from torch import nn
 from tsenor_cli.errors import CheckFailed, InputRefused
 from tsenor_cli.pipeline import prune
 from tsenor_cli.specs import PruneSpec
-from tsenor_cli.training import keep_masks, model_masks
+from tsenor_cli.training import KeepMasks, keep_masks, model_masks
+from tsenor_cli.training.masks import parameters_of
 
 
 @pytest.mark.parametrize("name", OPTIMIZERS)
@@ -137,10 +138,55 @@ def test_a_broken_mask_is_found():
         keeper.check()
 
 
-@pytest.mark.parametrize("masks", [{"third.weight": torch.ones(2, 2)}, {"first.weight": torch.ones(2, 2)}])
-def test_masks_of_another_model(masks):
+@pytest.mark.parametrize("wrong", ["third.weight", "second.weight"])
+def test_masks_of_another_model(wrong):
+    net, masks = masked()
+    before = copy.deepcopy(net.state_dict())
     with pytest.raises(InputRefused, match=r"the mask .* of \[2, 2\] needs such a parameter"):
-        keep_masks(Net(), masks)
+        keep_masks(net, {"first.weight": torch.zeros_like(masks["first.weight"]), wrong: torch.ones(2, 2)})
+    assert all(torch.equal(value, before[name]) for name, value in net.state_dict().items()), "masked, then refused"
+    assert not net.first.weight._post_accumulate_grad_hooks
+
+
+def test_a_training_that_breaks_off_leaves_others_alone():
+    """As in a notebook: Trainer stopped, the model changed, another one trained."""
+    net, masks = masked()
+    callback = KeepMasks(masks)
+    callback.on_train_begin(model=net)
+    net.first = nn.Identity()
+    other = Net()
+    train(other, OPTIMIZERS["adamw"](other.parameters()), steps=1)
+    whole, _ = masked()
+    callback.on_train_begin(model=whole)  # lets go of the first
+    callback.on_train_end()
+    train(whole, OPTIMIZERS["adamw"](whole.parameters()), steps=1)
+    assert whole.first.weight.count_nonzero() == whole.first.weight.numel()
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "_orig_mod.layers.0.weight",
+        "module._orig_mod.layers.0.weight",
+        "_orig_mod.module.layers.0.weight",
+        "layers._orig_mod.0.weight",
+        "layers.0._checkpoint_wrapped_module._orig_mod.weight",
+        "base_model.model.layers.0.base_layer.weight",
+    ],
+)
+def test_names_in_wrappers(name):
+    class Wrapped(nn.Module):
+        def named_parameters(self):
+            return [(name, None)]
+
+    assert [found for found, _ in parameters_of(Wrapped())] == ["layers.0.weight"]
+
+
+def test_a_module_that_has_a_wrappers_name_keeps_it():
+    assert [name for name, _ in parameters_of(nn.ModuleDict({"a": nn.ModuleDict({"module": nn.Linear(1, 1)})}))] == [
+        "a.module.weight",
+        "a.module.bias",
+    ]
 
 
 @pytest.mark.slow

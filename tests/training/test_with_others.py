@@ -130,8 +130,11 @@ def test_what_masked_adapters_were_trained_to_is_what_the_merge_gives(sparse):
     trained, untrained = model(input_ids=rows()).logits, load(sparse, dtype=torch.float32)(input_ids=rows()).logits
     with model.disable_adapter():
         torch.testing.assert_close(model(input_ids=rows()).logits, untrained)
-    plain, _ = merge_lora(model, sparse)
+    by_peft = copy.deepcopy(model).merge_and_unload()
+    plain, merged = merge_lora(model, sparse)
+    torch.testing.assert_close(by_peft(input_ids=rows()).logits, trained, rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(plain(input_ids=rows()).logits, trained, rtol=1e-4, atol=1e-5)
+    assert [weight.lost for weight in merged] == [0.0] * 4
     assert (trained - untrained).abs().max() > 0.1
 
     model = adapted(sparse).eval()

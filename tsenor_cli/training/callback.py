@@ -28,9 +28,17 @@ class KeepMasks(TrainerCallback):
         self._keeper: MaskKeeper | None = None
 
     def on_train_begin(self, *_: object, **given: Any) -> None:  # noqa: ANN401
+        self._let_go()  # of a training that did not come to its end
         self._keeper = keep_masks(given["model"], self._masks)
 
     def on_train_end(self, *_: object, **__: Any) -> None:  # noqa: ANN401
         assert self._keeper is not None, "training has begun"
-        self._keeper.check()
-        self._keeper.remove()
+        try:
+            self._keeper.check()
+        finally:
+            self._let_go()
+
+    def _let_go(self) -> None:
+        if self._keeper is not None:
+            self._keeper.remove()
+            self._keeper = None

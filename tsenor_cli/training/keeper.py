@@ -79,15 +79,29 @@ class MaskKeeper:
 
     def _stepped(self, optimizer: Optimizer, *_: Any) -> None:  # noqa: ANN401  (what step() was called with)
         stepped = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
+        if stepped.isdisjoint(map(id, self._model.parameters())):
+            return  # another model's
         for kept in self._bound():
             if id(kept.parameter) in stepped:
                 kept.mask(kept.parameter)
 
     def _bound(self) -> Iterator[_Kept]:
         """Every mask with the parameter that has its name now: `fully_shard` puts new ones into a model."""
+        parameters = self._parameters()
+        for name, dropped in self._dropped.items():
+            parameter, kept = parameters[name], self._kept.get(name)
+            if kept is None or kept.parameter is not parameter:
+                if kept is not None:
+                    kept.release()
+                kept = self._kept[name] = _Kept(parameter, dropped)
+            kept.watch()
+            yield kept
+
+    def _parameters(self) -> dict[str, nn.Parameter]:
+        """Those that have a mask, by name: all of them are there before any is changed."""
         parameters = dict(parameters_of(self._model))
         for name, dropped in self._dropped.items():
-            parameter, kept = parameters.get(name), self._kept.get(name)
+            parameter = parameters.get(name)
             if parameter is None or parameter.shape != dropped.shape:
                 found = "none" if parameter is None else f"one of {list(parameter.shape)}"
                 raise InputRefused(
@@ -95,12 +109,7 @@ class MaskKeeper:
                     "give the masks of this model",
                     code="mask-mismatch",
                 )
-            if kept is None or kept.parameter is not parameter:
-                if kept is not None:
-                    kept.release()
-                kept = self._kept[name] = _Kept(parameter, dropped)
-            kept.watch()
-            yield kept
+        return parameters
 
 
 class _Kept:

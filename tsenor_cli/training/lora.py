@@ -73,6 +73,11 @@ class _MaskedLinear(Linear):
         delta = torch.where(self.kept, b.weight @ a.weight, 0) * scaling
         return linear(dropout(x.to(a.weight.dtype)), delta, None if b.bias is None else b.bias * scaling)
 
+    def get_delta_weight(self, adapter: str) -> torch.Tensor:
+        """What peft adds to the weight when it merges: no more than what the adapter does."""
+        delta: torch.Tensor = super().get_delta_weight(adapter)
+        return torch.where(self.kept.t() if self.fan_in_fan_out else self.kept, delta, 0)
+
 
 @dataclass(frozen=True)
 class MergedWeight:
@@ -107,7 +112,7 @@ def merge_lora(
             before = {name: weight.detach().float().clone() for name, weight in masked.items()}
             layer.merge(safe_merge=True)
             merged += (_merged(name, weight, before[name], named[name]) for name, weight in masked.items())
-            keeper.apply()
+        keeper.apply()
     plain: nn.Module = model.unload()  # type: ignore[operator]  # a model of peft has it
     return plain, merged
 

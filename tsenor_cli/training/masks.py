@@ -5,6 +5,7 @@ transformers renames, joins and transposes tensors of some architectures while l
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
@@ -18,7 +19,9 @@ from tsenor_cli.errors import InputRefused
 from tsenor_cli.report.read import read_report
 from tsenor_cli.report.records import TensorRecord
 
-_WRAPPERS = ("_orig_mod.", "module.", "base_model.model.")  # of torch.compile, DistributedDataParallel, peft
+# What DistributedDataParallel and peft put in front of names, and torch.compile and activation checkpointing anywhere.
+_INSIDE = r"(_orig_mod|_checkpoint_wrapped_module)\."
+_WRAPPERS = re.compile(rf"^((module|base_model\.model)\.|{_INSIDE})+|(?<=\.){_INSIDE}")
 
 
 def model_masks(model: nn.Module, directory: Path) -> dict[str, torch.Tensor]:
@@ -34,6 +37,13 @@ def model_masks(model: nn.Module, directory: Path) -> dict[str, torch.Tensor]:
     from tsenor_cli.checkpoint.adapter.masks import converted_masks  # and with it transformers, which few need here
 
     converted = converted_masks(checkpoint, on_disk)
+    names = {name for name, _ in parameters_of(model)}
+    if missing := [name for name in converted if name not in names]:
+        raise InputRefused(
+            f"the model has no parameter {missing[0]}, which {directory} has a mask for",
+            "give the model that was loaded from there",
+            code="mask-mismatch",
+        )
     if not _fit(model, converted):
         raise InputRefused(f"the model has not the zeros of {directory}", "load it from there", code="mask-mismatch")
     return converted
@@ -67,9 +77,7 @@ def mask_on_disk(checkpoint: Checkpoint, record: TensorRecord) -> torch.Tensor:
 def parameters_of(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
     """Parameters by the names that they have in the model itself, whatever it is wrapped into."""
     for name, parameter in model.named_parameters():
-        for wrapper in _WRAPPERS:
-            name = name.removeprefix(wrapper)  # noqa: PLW2901  (one after the other)
-        yield name.replace(".base_layer.", "."), parameter  # peft puts an adapted layer there
+        yield _WRAPPERS.sub("", name).replace(".base_layer.", "."), parameter  # peft puts an adapted layer there
 
 
 def _fit(model: nn.Module, masks: Mapping[str, torch.Tensor]) -> bool:
