@@ -39,8 +39,8 @@ def test_it_is_that_of_the_whole_model(architecture, tmp_path):
 
 
 def test_the_memory_budget_changes_no_bit(tmp_path):
-    directory, tokens = make_checkpoint("llama", tmp_path / "model"), windows(9, 64)
-    assert measure(directory, tokens).mean_loss == measure(directory, tokens, memory_budget=1000).mean_loss
+    directory, tokens = make_checkpoint("llama", tmp_path / "model"), windows(9, 64)  # the hidden states do not fit
+    assert measure(directory, tokens).mean_loss == measure(directory, tokens, memory_budget=150_000).mean_loss
 
 
 def test_a_loss_that_is_not_finite_is_an_error(tmp_path):

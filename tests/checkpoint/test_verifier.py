@@ -151,6 +151,13 @@ def test_another_file_that_changed(sparse, pristine_llama, file):
     assert failures(sparse, against=str(pristine_llama)) == {file: "this file is not the original's"}
 
 
+def test_the_last_byte_of_a_large_file_counts(sparse, pristine_llama, tmp_path):
+    original = shutil.copytree(pristine_llama, tmp_path / "original")
+    for directory, last in ((original, b"a"), (sparse, b"b")):
+        (directory / "notes.bin").write_bytes(bytes(2**21 + 5) + last)
+    assert failures(sparse, against=str(original)) == {"notes.bin": "this file is not the original's"}
+
+
 def test_a_lost_tensor(sparse, pristine_llama):
     for file, tensors in read_shards(sparse).items():
         if NAME in tensors:

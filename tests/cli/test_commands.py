@@ -466,3 +466,31 @@ def test_files_beside_the_weights_need_space_too(tsenor, llama, tmp_path, monkey
     free = shutil.disk_usage(tmp_path)._replace(free=weights + 4_000_000)
     monkeypatch.setattr(shutil, "disk_usage", lambda _: free)
     fails(tsenor("prune", llama, "--nm", "2:4", "-o", tmp_path / "out"), 1, "GB free", "[disk-full]")
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ("prune", "llama", "--nm", "2:4", "--damping", "nan"),
+        ("prune", "llama", "--nm", "2:4", "--damping", "inf"),
+        ("prune", "llama", "--nm", "2:4", "--min-coverage", "nan"),
+        ("finetune", "llama", "--text", "t.txt", "--learning-rate", "inf"),
+        ("finetune", "llama", "--text", "t.txt", "--clip", "nan"),
+    ],
+)
+def test_numbers_are_finite(tsenor, arguments):
+    fails(tsenor(*arguments), 2, "is not a finite number", "[usage]")
+
+
+def test_what_no_method_of_the_run_measures_cannot_fail_it(tsenor, llama, tmp_path):
+    options = ("--nm", "2:4", "--method", "wanda", "--calibration", tmp_path / "text.txt", "--fail-if", "error>0.1")
+    fails(tsenor("prune", llama, *options), 2, "only sparsegpt and alps know it")
+
+
+def test_a_picture_needs_a_place(tsenor, tmp_path):
+    fails(tsenor("bench", "masks", "--plot", tmp_path / "absent" / "x.png"), 2, "no directory for --plot")
+
+
+def test_evaluation_keeps_to_the_budget_or_says_so(tsenor, speaking_llama, text):
+    options = ("--text", text, "--sequence-length", 16, "--memory-budget")
+    fails(tsenor("eval", speaking_llama, *options, "1K"), 2, "at least", "[budget-too-small]")

@@ -290,3 +290,26 @@ def test_worst_block_gap_is_that_of_the_worst_block():
     solution = solve_mask(from_blocks(blocks, (16, 24)), "4:8")
     alone = [solve_mask(block, "4:8") for block in to_blocks(from_blocks(blocks, (16, 24)), 8)]
     assert solution.worst_block_gap == max(one.worst_block_gap for one in alone)
+
+
+@pytest.mark.parametrize(
+    ("scores", "pattern"),
+    [
+        (torch.empty(4, 4, device="meta"), "2:4"),
+        (torch.ones(4, 4).to_sparse(), "2:4"),
+        (torch.ones(4, 4), (2, 4)),
+    ],
+    ids=["meta", "sparse", "no pattern"],
+)
+def test_what_is_no_problem_at_all(scores, pattern):
+    with pytest.raises(UsageError):
+        solve_mask(scores, pattern)
+
+
+def test_a_device_of_torch():
+    assert solve_mask(torch.ones(4, 4), "2:4", device=torch.device("cpu")).objective == 8
+
+
+def test_a_sum_beyond_float64_is_refused():
+    with pytest.raises(InputRefused, match="more than float64 can hold"):
+        solve_mask(torch.full((8, 8), 1e308, dtype=torch.float64), "2:4")

@@ -77,3 +77,10 @@ def test_a_mistake_leaves_the_module_as_it_was(linear, pattern, value, error):
         TransposableNM.apply(linear, "weight", pattern)
     assert isinstance(linear.weight, nn.Parameter)
     assert not prune.is_pruned(linear)
+
+
+def test_a_bias_is_refused_and_stays():
+    layer = torch.nn.Linear(4, 4)
+    with pytest.raises(UsageError, match="no rows and columns"):
+        TransposableNM.apply(layer, "bias", "2:4")
+    assert [name for name, _ in layer.named_parameters()] == ["weight", "bias"]

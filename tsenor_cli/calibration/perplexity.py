@@ -18,7 +18,7 @@ from torch.nn.functional import cross_entropy
 from tsenor_cli.calibration.replay import Replay, batches
 from tsenor_cli.device import CPU
 from tsenor_cli.distributed import Team
-from tsenor_cli.errors import InputRefused, TsenorError
+from tsenor_cli.errors import InputRefused, TsenorError, UsageError
 from tsenor_cli.observer import Observer
 
 if TYPE_CHECKING:
@@ -64,6 +64,7 @@ def measure_perplexity(
 
     Raises:
         InputRefused: not a causal language model, or one that cannot be run layer by layer.
+        UsageError: the memory budget is too small, even with the hidden states on disk.
         TsenorError: the loss is not finite.
     """
     from tsenor_cli.checkpoint.adapter.skeleton import Skeleton
@@ -77,7 +78,7 @@ def measure_perplexity(
         )
     team = team or Team()
     windows = batches(tokens.windows)[team.rank :: team.size]
-    spills = memory_budget is not None and _needed(skeleton, tokens.windows) > memory_budget
+    spills = memory_budget is not None and _spills(skeleton, tokens.windows, memory_budget)
     with Replay(skeleton, windows, Path(tempfile.gettempdir()) if spills else None) as replay:
         for index in range(len(skeleton.layers)):
             observer.entered(f"evaluating layer {index + 1} of {len(skeleton.layers)}")
@@ -93,11 +94,20 @@ def measure_perplexity(
     return Perplexity(math.exp(mean), mean, predicted, str(skeleton.model.dtype).removeprefix("torch."), tokens)
 
 
-def _needed(skeleton: Skeleton, windows: torch.Tensor) -> int:
-    """Bytes of all that is not a layer, two layers, and the hidden states."""
+def _spills(skeleton: Skeleton, windows: torch.Tensor, budget: int) -> bool:
+    """Whether the hidden states have no room beside all that is not a layer, and two layers.
+
+    Raises:
+        UsageError: the others have none without them.
+    """
     largest = max(sum(t.nbytes for t in skeleton.tensors_of(i)) for i in range(len(skeleton.layers)))
     hidden: int = windows.numel() * skeleton.model.config.get_text_config().hidden_size * skeleton.model.dtype.itemsize
-    return skeleton.outside_bytes() + 2 * largest + hidden
+    others = skeleton.outside_bytes() + 2 * largest
+    if others > budget:
+        raise UsageError(
+            f"--memory-budget {budget:,} bytes is too small", f"at least {others:,} are needed", code="budget-too-small"
+        )
+    return others + hidden > budget
 
 
 def _loss(logits: torch.Tensor, tokens: torch.Tensor) -> float:

@@ -11,7 +11,7 @@ import click
 
 from tsenor_cli.bench import CONTENDERS, SCORES
 from tsenor_cli.cli import console
-from tsenor_cli.cli.options import DIRECTORY, device_option, quiet_option, verbose_option
+from tsenor_cli.cli.options import DIRECTORY, FiniteRange, device_option, quiet_option, verbose_option
 from tsenor_cli.specs import NMPattern, PruneSpec
 
 if TYPE_CHECKING:
@@ -42,9 +42,7 @@ def bench() -> None:
 @click.option(
     "--repeat", type=click.IntRange(1), default=3, show_default=True, help="Runs of the fast ones; best counts."
 )
-@click.option(
-    "--budget", type=click.FloatRange(0.01), default=2.0, show_default=True, help="Seconds for each baseline."
-)
+@click.option("--budget", type=FiniteRange(0.01), default=2.0, show_default=True, help="Seconds for each baseline.")
 @click.option("--judged", type=click.IntRange(1), default=200, show_default=True, help="Blocks judged independently.")
 @click.option("--seed", type=int, default=0, show_default=True, help="Of the random scores.")
 @click.option(
@@ -75,6 +73,8 @@ def masks(
     \b
     Example: tsenor bench masks --nm 8:16 --size 4096x4096 --plot masks.png > masks.json
     """
+    if plot is not None and not plot.absolute().parent.is_dir():
+        raise click.UsageError(f"there is no directory for --plot {plot}", click.get_current_context())
     patterns = [NMPattern.parse(text) for text in nm]
     sizes = [_size(text) for text in size]
     with console.stdout_reserved():

@@ -11,6 +11,7 @@ from tsenor_cli.cli import console
 from tsenor_cli.cli.options import (
     DIRECTORY,
     TEXT,
+    FiniteRange,
     device_option,
     fail_if_option,
     json_option,
@@ -51,23 +52,21 @@ if TYPE_CHECKING:
 @sequence_length_option
 @click.option(
     "--learning-rate",
-    type=click.FloatRange(0, min_open=True),
+    type=FiniteRange(0, min_open=True),
     default=1e-4,
     show_default=True,
     help="The highest: it rises for the first steps, then falls as a cosine to 0.",
 )
 @click.option(
     "--warmup",
-    type=click.FloatRange(0, 1),
+    type=FiniteRange(0, 1),
     default=0.05,
     show_default=True,
     help="The share of the steps in which it rises.",
 )
+@click.option("--weight-decay", type=FiniteRange(0), default=0.0, show_default=True, help="Of AdamW, in each step.")
 @click.option(
-    "--weight-decay", type=click.FloatRange(0), default=0.0, show_default=True, help="Of AdamW, in each step."
-)
-@click.option(
-    "--clip", type=click.FloatRange(0, min_open=True), default=1.0, show_default=True, help="The largest gradient norm."
+    "--clip", type=FiniteRange(0, min_open=True), default=1.0, show_default=True, help="The largest gradient norm."
 )
 @click.option(
     "--checkpoint-activations", is_flag=True, help="Compute activations twice, to keep fewer of them in memory."

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Callable
 from typing import Any
@@ -33,6 +34,16 @@ class Size(click.ParamType[int]):
         if match is None or match[2] not in _UNITS or not float(match[1]):
             self.fail(f"{value!r} is not a size; give one such as 500M or 8GiB", param, ctx)
         return int(float(match[1]) * _UNITS[match[2]])
+
+
+class FiniteRange(click.FloatRange):
+    """A number in a range, and neither infinite nor NaN, which no comparison finds out of one."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float:  # noqa: ANN401
+        number: float = super().convert(value, param, ctx)
+        if not math.isfinite(number):
+            self.fail(f"{value} is not a finite number.", param, ctx)
+        return number
 
 
 class Directory(click.ParamType[str]):

@@ -13,6 +13,7 @@ from tsenor_cli.cli.options import (
     DIRECTORY,
     TEXT,
     ClusterType,
+    FiniteRange,
     PartType,
     device_option,
     fail_if_option,
@@ -34,6 +35,7 @@ from tsenor_cli.specs import (
     GPU_TYPES,
     METHODS,
     SOLVERS,
+    UPDATING,
     CalibrationSpec,
     Choice,
     Cluster,
@@ -91,7 +93,7 @@ if TYPE_CHECKING:
 @click.option("--no-update", is_flag=True, help="sparsegpt, alps: take the mask only, leave kept weights as they are.")
 @click.option(
     "--damping",
-    type=click.FloatRange(0),
+    type=FiniteRange(0),
     default=0.01,
     show_default=True,
     help="sparsegpt, alps: added to the Gram matrix's diagonal, times its mean.",
@@ -125,7 +127,7 @@ if TYPE_CHECKING:
 @ignore_option
 @click.option(
     "--min-coverage",
-    type=click.FloatRange(0, 1),
+    type=FiniteRange(0, 1),
     default=0.0,
     show_default=True,
     help="Exit 4 unless at least this share of the prunable parameters is pruned.",
@@ -226,6 +228,8 @@ def prune(
         eval_length=sequence_length,
         **options,
     )
+    if spec.methods.isdisjoint(UPDATING) and any(condition.needs_gram for condition in conditions):
+        raise click.UsageError("--fail-if asks for the error of outputs: only sparsegpt and alps know it")
     with console.stdout_reserved():
         console.quiet_libraries(verbose=verbose)
         from tsenor_cli import pipeline

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 import click
 
 from tsenor_cli.cli import console
-from tsenor_cli.cli.options import DIRECTORY, fail_if_option, json_option, log_format_option
+from tsenor_cli.cli.options import DIRECTORY, FiniteRange, fail_if_option, json_option, log_format_option
 from tsenor_cli.report.checks import Condition, fail_if
 
 if TYPE_CHECKING:
@@ -37,7 +37,7 @@ FORMATS = ("html", "table", "markdown", "csv")
 )
 @click.option(
     "--price-per-hour",
-    type=click.FloatRange(0),
+    type=FiniteRange(0),
     metavar="PRICE",
     help="Of the machine or its GPU, in any currency: say what each run has cost.",
 )

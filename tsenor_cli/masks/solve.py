@@ -30,7 +30,7 @@ def solve_mask(
     *,
     transposable: bool = True,
     solver: str = "exact",
-    device: str | None = None,
+    device: str | torch.device | None = None,
     absolute: bool = False,
     warm_start: MaskSolution[Any] | Array | None = None,
     return_duals: bool = False,
@@ -53,7 +53,8 @@ def solve_mask(
         transposable: how to read a text; an NMPattern says it itself.
         solver: "exact" is optimal (docs/mathematics.md); "entropic" is the pipeline of the TSENOR paper, which is not.
             Standard patterns know one solver only, and it is exact.
-        device: where to compute: auto (a GPU if there is one), cpu, cuda, cuda:i, or None, which is where scores are.
+        device: where to compute: auto (a GPU if there is one), cpu, cuda, cuda:i, or None, which is where scores are if
+            that is a CUDA GPU, and else the CPU.
         absolute: take |scores|, as for the magnitudes of a weight, without a copy.
         warm_start: duals [blocks, 2, m] of similar scores, or a solution that has them. Speed only: any finite numbers
             lead to the same mask. Exact transposable only.
@@ -73,9 +74,12 @@ def solve_mask(
     started = time.perf_counter()
     if isinstance(pattern, str):
         pattern = NMPattern.parse(pattern, transposable=transposable)
+    if not isinstance(pattern, NMPattern):
+        raise UsageError(f"{pattern!r} is no pattern", 'give an NMPattern, or text such as "2:4"')
     request = Request(pattern, solver, absolute, tau, iterations, local_search, fallback)
     tensor = _tensor(scores).detach()
-    place = find_device(device) if device is not None else CPU if tensor.device.type == "cpu" else tensor.device
+    here = tensor.device if tensor.device.type == "cuda" else CPU
+    place = here if device is None else find_device(str(device))
     _check_shape(tensor, pattern)
     if not request.knows_duals and (warm_start is not None or return_duals):
         raise UsageError(f"{request.name} takes and gives no duals", "use the exact solver and a transposable pattern")
@@ -87,6 +91,8 @@ def solve_mask(
     if (problem := violation(mask, pattern)) is not None:
         raise InfeasibleMaskError(f"{pattern} {pattern.kind} mask of shape {tuple(tensor.shape)}: {problem}")
     objective = math.fsum(tally.objective for tally in tallies)
+    if not math.isfinite(objective):
+        raise InputRefused("the scores add up to more than float64 can hold", "divide them", code="nonfinite-weights")
     stopped = any(tally.unconverged for tally in tallies)
     return MaskSolution(
         mask=_like(mask, scores),
@@ -126,6 +132,8 @@ def _solve(
 def _tensor(scores: Array) -> torch.Tensor:
     """NumPy's strides, byte order and write protection may all be ones that torch does not take."""
     if isinstance(scores, torch.Tensor):
+        if scores.is_meta or scores.layout != torch.strided:
+            raise UsageError(f"scores are {scores.layout} on {scores.device}", "give a dense tensor with its values")
         return scores
     native = np.asarray(scores)
     native = native.astype(native.dtype.newbyteorder("="), copy=False)

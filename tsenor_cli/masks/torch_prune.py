@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch.nn.utils import prune
 
+from tsenor_cli.errors import UsageError
 from tsenor_cli.masks.solve import solve_mask
 from tsenor_cli.specs import NMPattern
 
@@ -15,6 +16,8 @@ class TransposableNM(prune.BasePruningMethod):
     """Keep n of every m weights along rows and columns of every m×m tile: the best such mask, by magnitude or scores.
 
     For weights [out, in] as of Linear, and [out, in, k..] as of convolutions, where each kernel position is a matrix.
+    ConvTranspose and transformers' Conv1D have [in, out, ..]: a transposable mask is the same for them, but with
+    transposable=False groups would lie along the outputs.
     Of what an earlier method has pruned nothing comes back: such a tile then keeps at most n.
 
     Args:
@@ -33,6 +36,8 @@ class TransposableNM(prune.BasePruningMethod):
 
     def compute_mask(self, t: torch.Tensor, default_mask: torch.Tensor) -> torch.Tensor:
         """The mask of `t` [out, in, ..] in the dtype of `default_mask`, 0 wherever that is."""
+        if t.ndim < 2:
+            raise UsageError(f"a parameter {list(t.shape)} has no rows and columns", "prune weights, not biases")
         matrices = (t.detach() * default_mask).permute(*range(2, t.ndim), 0, 1)
         mask = solve_mask(matrices, self.pattern, absolute=True, **self.options).mask
         found: torch.Tensor = mask.permute(t.ndim - 2, t.ndim - 1, *range(t.ndim - 2)).to(default_mask.dtype)

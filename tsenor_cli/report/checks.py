@@ -78,13 +78,18 @@ class Condition:
         """Whether the number is there only if perplexity was measured."""
         return self.metric.startswith("perplexity")
 
+    @property
+    def needs_gram(self) -> bool:
+        """Whether the number is there only if a method has seen what its weights do to their inputs."""
+        return self.metric == "error"
+
     def holds(self, report: Report) -> bool:
         """Whether it is so; raises CheckFailed if the report does not have the number."""
         value = METRICS[self.metric](report)
         if value is None:
             raise CheckFailed(
                 f"the report has no {self.metric} to hold against {self}",
-                "prune with --eval TEXT, or with a calibrated method",
+                "prune with --eval TEXT" if self.needs_text else "prune with --method sparsegpt or alps",
                 code="fail-if",
             )
         return _COMPARISONS[self.comparison](value, self.bound)
