@@ -145,7 +145,8 @@ def test_their_bytes_are_foreseen(llama, tmp_path):
 
 def test_there_has_to_be_room_for_them(llama, tmp_path, monkeypatch):
     spec = PruneSpec(str(llama), tmp_path / "out", NMPattern(2, 4))
-    free = SimpleNamespace(free=plan_prune(spec).checkpoint.nbytes)
+    checkpoint = plan_prune(spec).checkpoint
+    free = SimpleNamespace(free=checkpoint.nbytes + checkpoint.other_bytes)
     monkeypatch.setattr("tsenor_cli.checkpoint.staging.shutil.disk_usage", lambda _: free)
     with pytest.raises(TsenorError, match="free and the output needs"):
         prune(replace(spec, save_masks=True))

@@ -313,3 +313,9 @@ def test_a_device_of_torch():
 def test_a_sum_beyond_float64_is_refused():
     with pytest.raises(InputRefused, match="more than float64 can hold"):
         solve_mask(torch.full((8, 8), 1e308, dtype=torch.float64), "2:4")
+
+
+def test_a_sum_of_bands_beyond_float64_is_refused(monkeypatch):
+    monkeypatch.setattr(on_cpu, "BAND_ELEMENTS", 16)  # the sum of each band alone is finite
+    with pytest.raises(InputRefused, match="more than float64 can hold"):
+        solve_mask(torch.full((8, 4), 2e307, dtype=torch.float64), "2:4")

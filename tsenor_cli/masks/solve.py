@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import time
+from collections.abc import Iterable
 from dataclasses import replace
 from typing import Any, cast
 
@@ -90,14 +91,15 @@ def solve_mask(
     mask, tallies, name = _solve(tensor, request, warm, duals, place)
     if (problem := violation(mask, pattern)) is not None:
         raise InfeasibleMaskError(f"{pattern} {pattern.kind} mask of shape {tuple(tensor.shape)}: {problem}")
-    objective = math.fsum(tally.objective for tally in tallies)
-    if not math.isfinite(objective):
+    objective = _sum(tally.objective for tally in tallies)
+    upper_bound = objective + _sum(tally.excess for tally in tallies)
+    if not math.isfinite(upper_bound):
         raise InputRefused("the scores add up to more than float64 can hold", "divide them", code="nonfinite-weights")
     stopped = any(tally.unconverged for tally in tallies)
     return MaskSolution(
         mask=_like(mask, scores),
         objective=objective,
-        upper_bound=objective + math.fsum(tally.excess for tally in tallies),
+        upper_bound=upper_bound,
         worst_block_gap=max((tally.worst_gap for tally in tallies), default=0.0),
         solver=name,
         status=Status.MAX_ITERATIONS if stopped else Status.CONVERGED,
@@ -107,6 +109,14 @@ def solve_mask(
         seconds=time.perf_counter() - started,
         duals=None if duals is None else _like(duals, scores),
     )
+
+
+def _sum(values: Iterable[float]) -> float:
+    """Infinite where it is more than float64 can hold: fsum would raise."""
+    try:
+        return math.fsum(values)
+    except OverflowError:
+        return math.inf
 
 
 def _solve(
