@@ -9,6 +9,7 @@ import torch
 from checkpoints import make_checkpoint
 from nets import OPTIMIZERS, PATTERN, STEPS, Net, assert_kept, batches, masked, train
 from torch import nn
+from torch.optim.optimizer import _global_optimizer_post_hooks
 
 from tsenor_cli.errors import CheckFailed, InputRefused
 from tsenor_cli.pipeline import prune
@@ -150,6 +151,7 @@ def test_masks_of_another_model(wrong):
 
 def test_a_training_that_breaks_off_leaves_others_alone():
     """As in a notebook: Trainer stopped, the model changed, another one trained."""
+    hooks = len(_global_optimizer_post_hooks)
     net, masks = masked()
     callback = KeepMasks(masks)
     callback.on_train_begin(model=net)
@@ -157,10 +159,21 @@ def test_a_training_that_breaks_off_leaves_others_alone():
     other = Net()
     train(other, OPTIMIZERS["adamw"](other.parameters()), steps=1)
     whole, _ = masked()
-    callback.on_train_begin(model=whole)  # lets go of the first
-    callback.on_train_end()
+    callback.on_train_begin(model=whole)
+    assert len(_global_optimizer_post_hooks) == hooks + 1, "the first keeper is still there"
+    whole.first.weight.data.fill_(1)
+    with pytest.raises(CheckFailed):
+        callback.on_train_end()
+    assert len(_global_optimizer_post_hooks) == hooks
     train(whole, OPTIMIZERS["adamw"](whole.parameters()), steps=1)
     assert whole.first.weight.count_nonzero() == whole.first.weight.numel()
+
+
+def test_a_model_that_was_not_loaded_from_there(tmp_path):
+    source = make_checkpoint("llama", tmp_path / "source")
+    prune(PruneSpec(str(source), tmp_path / "sparse", PATTERN))
+    with pytest.raises(InputRefused, match="no such parameter of its shape"):
+        model_masks(Net(), tmp_path / "sparse")
 
 
 @pytest.mark.parametrize(

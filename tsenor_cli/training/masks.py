@@ -37,10 +37,10 @@ def model_masks(model: nn.Module, directory: Path) -> dict[str, torch.Tensor]:
     from tsenor_cli.checkpoint.adapter.masks import converted_masks  # and with it transformers, which few need here
 
     converted = converted_masks(checkpoint, on_disk)
-    names = {name for name, _ in parameters_of(model)}
-    if missing := [name for name in converted if name not in names]:
+    shapes = {name: parameter.shape for name, parameter in parameters_of(model)}
+    if missing := [name for name, mask in converted.items() if shapes.get(name) != mask.shape]:
         raise InputRefused(
-            f"the model has no parameter {missing[0]}, which {directory} has a mask for",
+            f"{directory} has a mask for {missing[0]}, and the model no such parameter of its shape",
             "give the model that was loaded from there",
             code="mask-mismatch",
         )
