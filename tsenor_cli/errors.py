@@ -73,3 +73,10 @@ class SaidElsewhereError(TsenorError):
     def __init__(self, exit_code: int) -> None:
         super().__init__("another process of this run has failed", "see what it says")
         self.exit_code = exit_code
+
+
+def budget_too_small(budget: int, needed: int) -> UsageError:
+    """A memory budget is below what is needed at least; both in bytes."""
+    return UsageError(
+        f"--memory-budget {budget:,} bytes is too small", f"at least {needed:,} are needed", code="budget-too-small"
+    )

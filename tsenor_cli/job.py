@@ -19,7 +19,7 @@ from tsenor_cli.checkpoint.source import resolve_checkpoint
 from tsenor_cli.checkpoint.staging import already_finished, check_output, check_space
 from tsenor_cli.device import device_name, find_device
 from tsenor_cli.distribution import share_shards
-from tsenor_cli.errors import UsageError
+from tsenor_cli.errors import UsageError, budget_too_small
 from tsenor_cli.identity import run_identity
 from tsenor_cli.pruners.alps import Alps
 from tsenor_cli.pruners.base import BoundSolver, Pruner
@@ -106,11 +106,7 @@ def plan_of(checkpoint: Checkpoint, spec: PruneSpec) -> Plan:
         return plan
     spilled = plan.spilled()
     if spilled.peak_bytes > spec.memory_budget:
-        raise UsageError(
-            f"--memory-budget {spec.memory_budget:,} bytes is too small",
-            f"at least {spilled.peak_bytes:,} are needed",
-            code="budget-too-small",
-        )
+        raise budget_too_small(spec.memory_budget, spilled.peak_bytes)
     return spilled
 
 

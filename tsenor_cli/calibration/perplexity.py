@@ -18,7 +18,7 @@ from torch.nn.functional import cross_entropy
 from tsenor_cli.calibration.replay import Replay, batches
 from tsenor_cli.device import CPU
 from tsenor_cli.distributed import Team
-from tsenor_cli.errors import InputRefused, TsenorError, UsageError
+from tsenor_cli.errors import InputRefused, TsenorError, budget_too_small
 from tsenor_cli.observer import Observer
 
 if TYPE_CHECKING:
@@ -104,9 +104,7 @@ def _spills(skeleton: Skeleton, windows: torch.Tensor, budget: int) -> bool:
     hidden: int = windows.numel() * skeleton.model.config.get_text_config().hidden_size * skeleton.model.dtype.itemsize
     others = skeleton.outside_bytes() + 2 * largest
     if others > budget:
-        raise UsageError(
-            f"--memory-budget {budget:,} bytes is too small", f"at least {others:,} are needed", code="budget-too-small"
-        )
+        raise budget_too_small(budget, others)
     return others + hidden > budget
 
 

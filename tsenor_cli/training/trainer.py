@@ -79,7 +79,7 @@ def train(
     )
     trainer.remove_callback(PrinterCallback)  # it writes to stdout
     saved = _last_whole(folder, journal)
-    with no_progress_bar(), _plain_failures(folder):
+    with no_progress_bar(), _plain_words(folder):
         if saved is not None and saved == _checkpoint(folder, spec.steps):  # Trainer would do one more step
             trainer._load_from_checkpoint(str(saved))  # noqa: SLF001  (as it does itself)
             trainer.state = TrainerState.load_from_json(str(saved / TRAINER_STATE_NAME))
@@ -106,7 +106,7 @@ def _sizes(saved: Path) -> dict[str, int]:
 
 
 @contextmanager
-def _plain_failures(folder: Path) -> Iterator[None]:
+def _plain_words(folder: Path) -> Iterator[None]:
     """What memory and disk refuse, as one line each: torch and safetensors have no OSError for a full disk."""
     try:
         yield
