@@ -32,6 +32,7 @@ with atheris.instrument_imports(include=["tsenor_cli", "json"]):
     import json.scanner
 
     from tsenor_cli.checkpoint import jsonfile, reader
+    from tsenor_cli.checkpoint.shard import DTYPE_BITS, read_shard
     from tsenor_cli.checkpoint.verifier import _claim_of_report
     from tsenor_cli.errors import InputRefused
 
@@ -108,13 +109,13 @@ class Readers:
     def _shard(self, raw: bytes) -> None:
         path = self._directory / "one.safetensors"
         path.write_bytes(raw)
-        shard = reader.read_shard(path)
+        shard = read_shard(path)
         names = [name for name, _ in json.loads(shard.header, object_pairs_hook=list)]
         assert len(set(names)) == len(names)
         end = 8 + len(shard.header)
         for tensor in shard.tensors:
             assert tensor.start == end
-            assert tensor.nbytes * 8 == tensor.parameters * reader.DTYPE_BITS[tensor.dtype]
+            assert tensor.nbytes * 8 == tensor.parameters * DTYPE_BITS[tensor.dtype]
             end = tensor.stop
         assert end == len(raw)
         safetensors.deserialize(raw)

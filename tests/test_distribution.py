@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 
 from tsenor_cli.checkpoint.plan import Plan, TensorPlan
-from tsenor_cli.checkpoint.reader import Checkpoint, DiskTensor, Shard
+from tsenor_cli.checkpoint.reader import Checkpoint
+from tsenor_cli.checkpoint.shard import DiskTensor, Shard
 from tsenor_cli.distribution import balance, cost, loads, share_out, share_shards
 
 

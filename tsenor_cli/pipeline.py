@@ -20,8 +20,9 @@ from tsenor_cli.checkpoint.journal import Journal
 from tsenor_cli.checkpoint.maskfile import saved_masks
 from tsenor_cli.checkpoint.parts import bring_together, find_parts
 from tsenor_cli.checkpoint.plan import Plan
-from tsenor_cli.checkpoint.reader import Checkpoint, DiskTensor, open_checkpoint
+from tsenor_cli.checkpoint.reader import Checkpoint, open_checkpoint
 from tsenor_cli.checkpoint.remote import fetched
+from tsenor_cli.checkpoint.shard import DiskTensor
 from tsenor_cli.checkpoint.source import resolve_checkpoint
 from tsenor_cli.checkpoint.staging import Staged, check_output, joined_output, staged_output
 from tsenor_cli.checkpoint.verifier import Verification, verify_checkpoint

@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 
 from tsenor_cli.checkpoint.plan import BAND_BYTES, Plan
-from tsenor_cli.checkpoint.reader import COPY_BYTES
+from tsenor_cli.checkpoint.shard import COPY_BYTES
 from tsenor_cli.forecast import Rates
 from tsenor_cli.pruners.base import SolveMask
 from tsenor_cli.pruners.magnitude import Magnitude

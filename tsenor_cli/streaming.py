@@ -20,7 +20,7 @@ import torch
 from tsenor_cli.checkpoint.layouts import from_matrices, to_matrices
 from tsenor_cli.checkpoint.maskfile import pack_mask
 from tsenor_cli.checkpoint.plan import Plan, TensorPlan, bands
-from tsenor_cli.checkpoint.reader import COPY_BYTES
+from tsenor_cli.checkpoint.shard import COPY_BYTES
 from tsenor_cli.checkpoint.writer import OutputShards, Place, as_bytes
 from tsenor_cli.errors import InputRefused
 from tsenor_cli.observer import Observer

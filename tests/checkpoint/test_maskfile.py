@@ -11,7 +11,8 @@ from checkpoints import write_checkpoint
 from safetensors.torch import load_file, save_file
 
 from tsenor_cli.checkpoint.maskfile import mask_file, pack_mask, read_mask, saved_masks, unpack_mask
-from tsenor_cli.checkpoint.reader import DiskTensor, open_checkpoint
+from tsenor_cli.checkpoint.reader import open_checkpoint
+from tsenor_cli.checkpoint.shard import DiskTensor
 from tsenor_cli.errors import InputRefused
 
 SHAPES = [(4, width) for width in range(1, 18)] + [(1, 64), (3, 5, 7), (6, 2, 3, 3), (16, 4, 1, 1), (0, 8)]

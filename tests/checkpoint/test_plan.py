@@ -12,7 +12,8 @@ from checkpoints import make_checkpoint, write_checkpoint
 from tsenor_cli.checkpoint.adapter import roles
 from tsenor_cli.checkpoint.layouts import LAYOUTS, from_matrices, matrix_size, to_matrices
 from tsenor_cli.checkpoint.plan import BAND_BYTES, bands, enforce, make_plan
-from tsenor_cli.checkpoint.reader import DiskTensor, open_checkpoint
+from tsenor_cli.checkpoint.reader import open_checkpoint
+from tsenor_cli.checkpoint.shard import DiskTensor
 from tsenor_cli.errors import CheckFailed, InputRefused, UsageError
 from tsenor_cli.specs import NMPattern, PruneSpec, matches
 

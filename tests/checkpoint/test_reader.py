@@ -14,8 +14,8 @@ import torch
 from checkpoints import INDEX, write_checkpoint
 from safetensors import SafetensorError, deserialize
 
-from tsenor_cli.checkpoint import reader
-from tsenor_cli.checkpoint.reader import open_checkpoint, read_shard
+from tsenor_cli.checkpoint.reader import open_checkpoint
+from tsenor_cli.checkpoint.shard import _fill, read_shard
 from tsenor_cli.errors import InputRefused
 
 CONFIG = {"model_type": "llama", "architectures": ["LlamaForCausalLM"]}
@@ -59,10 +59,10 @@ def test_a_read_that_returns_less_than_asked_is_continued():
             return super().readinto(buffer[:3])
 
     buffer = bytearray(10)
-    reader._fill(Slow(b"0123456789"), memoryview(buffer), "x")
+    _fill(Slow(b"0123456789"), memoryview(buffer), "x")
     assert buffer == b"0123456789"
     with pytest.raises(InputRefused, match="shorter"):
-        reader._fill(Slow(b"012345678"), memoryview(buffer), "x")
+        _fill(Slow(b"012345678"), memoryview(buffer), "x")
 
 
 @pytest.mark.parametrize(
@@ -320,7 +320,7 @@ def test_an_input_that_cannot_be_read_is_named():
             raise OSError(errno.EIO, "Input/output error")
 
     with pytest.raises(OSError, match=r"Input/output error: 'model.safetensors'"):
-        reader._fill(Broken(), memoryview(bytearray(1)), "model.safetensors")
+        _fill(Broken(), memoryview(bytearray(1)), "model.safetensors")
 
 
 @pytest.mark.parametrize("key", ["quantization_config", "compression_config", "sparsity_config"])

@@ -25,8 +25,8 @@ from crash.harness import content
 from hub import COMMIT, Hub
 
 from tsenor_cli.checkpoint.hub import Repository, _StoppedError, find_repository
-from tsenor_cli.checkpoint.reader import DiskTensor
 from tsenor_cli.checkpoint.remote import open_remote
+from tsenor_cli.checkpoint.shard import DiskTensor
 from tsenor_cli.distributed import Team
 from tsenor_cli.errors import InputRefused, OutputUnavailable, TsenorError, UsageError
 from tsenor_cli.observer import Observer

@@ -7,7 +7,8 @@ from typing import Any
 
 from tsenor_cli.checkpoint.adapter.roles import Role, read_roles
 from tsenor_cli.checkpoint.layouts import matrix_size
-from tsenor_cli.checkpoint.reader import DiskTensor, open_checkpoint
+from tsenor_cli.checkpoint.reader import open_checkpoint
+from tsenor_cli.checkpoint.shard import DiskTensor
 from tsenor_cli.checkpoint.source import resolve_checkpoint
 from tsenor_cli.specs import MAX_M
 

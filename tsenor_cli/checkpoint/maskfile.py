@@ -18,7 +18,8 @@ from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from tsenor_cli.checkpoint.reader import MASKS_DIRECTORY, Checkpoint, DiskTensor, Shard, check_contained, read_shard
+from tsenor_cli.checkpoint.reader import MASKS_DIRECTORY, Checkpoint, check_contained
+from tsenor_cli.checkpoint.shard import DiskTensor, Shard, read_shard
 from tsenor_cli.checkpoint.writer import encode_header
 from tsenor_cli.errors import InputRefused
 

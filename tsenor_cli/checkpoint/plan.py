@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING
 
 from tsenor_cli.checkpoint.layouts import Layout, band_step, matrix_size
 from tsenor_cli.checkpoint.maskfile import mask_file
-from tsenor_cli.checkpoint.reader import PRUNABLE_DTYPES, Checkpoint, DiskTensor, Shard
+from tsenor_cli.checkpoint.reader import Checkpoint
+from tsenor_cli.checkpoint.shard import PRUNABLE_DTYPES, DiskTensor, Shard
 from tsenor_cli.checkpoint.site import Site
 from tsenor_cli.errors import CheckFailed, InputRefused, UsageError
 from tsenor_cli.specs import CALIBRATED, Choice, NMPattern, PruneSpec, matches

@@ -26,15 +26,8 @@ from typing import Any
 
 from tsenor_cli.checkpoint.hub import Repository, find_repository
 from tsenor_cli.checkpoint.plan import TensorPlan
-from tsenor_cli.checkpoint.reader import (
-    INDEX_FILE,
-    NEVER_COPIED,
-    SINGLE_FILE,
-    Checkpoint,
-    Shard,
-    open_checkpoint,
-    weight_map,
-)
+from tsenor_cli.checkpoint.reader import INDEX_FILE, NEVER_COPIED, SINGLE_FILE, Checkpoint, open_checkpoint, weight_map
+from tsenor_cli.checkpoint.shard import Shard
 from tsenor_cli.checkpoint.source import hub_id, is_offline, is_other_format
 from tsenor_cli.errors import InputRefused, TsenorError, UsageError
 from tsenor_cli.overlap import ahead

@@ -24,7 +24,8 @@ from tsenor_cli.checkpoint.jsonfile import read_object
 from tsenor_cli.checkpoint.layouts import LAYOUTS, Layout, banded_axis, fits, matrix_size, to_matrices
 from tsenor_cli.checkpoint.maskfile import mask_fits, saved_masks, unpack_mask
 from tsenor_cli.checkpoint.plan import bands, make_plan
-from tsenor_cli.checkpoint.reader import MASKS_DIRECTORY, PRUNABLE_DTYPES, Checkpoint, DiskTensor
+from tsenor_cli.checkpoint.reader import MASKS_DIRECTORY, Checkpoint
+from tsenor_cli.checkpoint.shard import PRUNABLE_DTYPES, DiskTensor
 from tsenor_cli.checkpoint.writer import REPORT_FILE, WRITTEN_ANEW
 from tsenor_cli.errors import CheckFailed, InputRefused, UsageError
 from tsenor_cli.overlap import ahead

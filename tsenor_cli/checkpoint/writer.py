@@ -15,7 +15,8 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
 
-from tsenor_cli.checkpoint.reader import COPY_BYTES, Checkpoint, DiskTensor, Shard, forget
+from tsenor_cli.checkpoint.reader import Checkpoint
+from tsenor_cli.checkpoint.shard import COPY_BYTES, DiskTensor, Shard, forget
 
 if TYPE_CHECKING:
     import torch

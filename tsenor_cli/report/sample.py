@@ -12,7 +12,7 @@ import torch
 
 from tsenor_cli.checkpoint.layouts import Layout, to_matrices
 from tsenor_cli.checkpoint.plan import TensorPlan
-from tsenor_cli.checkpoint.reader import DiskTensor
+from tsenor_cli.checkpoint.shard import DiskTensor
 from tsenor_cli.report.records import Histogram, Tile
 
 _SIDE = 8  # of the corner, at least

@@ -7,7 +7,8 @@ from collections.abc import Iterable, Mapping
 import torch
 
 from tsenor_cli.checkpoint.adapter.skeleton import Skeleton
-from tsenor_cli.checkpoint.reader import Checkpoint, DiskTensor
+from tsenor_cli.checkpoint.reader import Checkpoint
+from tsenor_cli.checkpoint.shard import DiskTensor
 
 
 def converted_masks(checkpoint: Checkpoint, masks: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:

@@ -11,7 +11,8 @@ import transformers
 from transformers import AutoConfig, AutoModel, PretrainedConfig, PreTrainedModel
 
 from tsenor_cli.checkpoint.adapter.bounds import bounded_memory, bounded_modules
-from tsenor_cli.checkpoint.reader import TORCH_NAMES, Checkpoint
+from tsenor_cli.checkpoint.reader import Checkpoint
+from tsenor_cli.checkpoint.shard import TORCH_NAMES
 from tsenor_cli.device import CPU, computed_in
 from tsenor_cli.errors import InputRefused
 

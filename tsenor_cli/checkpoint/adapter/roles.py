@@ -22,7 +22,8 @@ from transformers.pytorch_utils import Conv1D
 from tsenor_cli.checkpoint.adapter.meta import meta_model
 from tsenor_cli.checkpoint.adapter.skeleton import find_layers
 from tsenor_cli.checkpoint.layouts import Layout
-from tsenor_cli.checkpoint.reader import Checkpoint, DiskTensor
+from tsenor_cli.checkpoint.reader import Checkpoint
+from tsenor_cli.checkpoint.shard import DiskTensor
 from tsenor_cli.checkpoint.site import NOT_IN_MODEL, Site
 from tsenor_cli.errors import InputRefused
 

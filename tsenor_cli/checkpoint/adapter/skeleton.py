@@ -27,7 +27,8 @@ from transformers.modeling_utils import LoadStateDictConfig
 from transformers.utils import logging
 
 from tsenor_cli.checkpoint.adapter.meta import meta_model
-from tsenor_cli.checkpoint.reader import Checkpoint, DiskTensor
+from tsenor_cli.checkpoint.reader import Checkpoint
+from tsenor_cli.checkpoint.shard import DiskTensor
 from tsenor_cli.device import CPU
 from tsenor_cli.errors import InputRefused
 

@@ -13,7 +13,8 @@ from transformers.core_model_loading import revert_weight_conversion
 
 from tsenor_cli.checkpoint.adapter.meta import meta_model
 from tsenor_cli.checkpoint.adapter.skeleton import keys_in_model, no_progress_bar
-from tsenor_cli.checkpoint.reader import Checkpoint, DiskTensor
+from tsenor_cli.checkpoint.reader import Checkpoint
+from tsenor_cli.checkpoint.shard import DiskTensor
 from tsenor_cli.errors import InputRefused
 
 
