@@ -10,6 +10,7 @@ from dataclasses import replace
 import pytest
 from crash.harness import content
 
+from tsenor_cli.observer import Observer
 from tsenor_cli.pipeline import merge, prune
 from tsenor_cli.specs import NMPattern, Part, PruneSpec
 
@@ -92,6 +93,21 @@ def test_what_cannot_be_merged(tsenor, spec, tmp_path):
     done = tsenor("merge", spec.output, "--overwrite")
     assert (done.code, done.out) == (0, f"{spec.output}\n")
     assert tsenor("verify", spec.output, "--against", spec.model).code == 0
+
+
+def test_an_unfinished_run_beside_the_parts_is_not_lost(tsenor, spec):
+    class Stops(Observer):
+        def pruned(self, record):
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        prune(spec, Stops())
+    make_parts(spec, 2)
+    unfinished = spec.output.with_name("out.tsenor-partial")
+    before = content(unfinished)
+    fails(tsenor("merge", spec.output), 5, "unfinished", "--resume", "[unfinished-run]")
+    assert content(unfinished) == before
+    prune(replace(spec, resume=True))
 
 
 def test_the_command(tsenor, llama):

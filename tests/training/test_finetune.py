@@ -16,7 +16,7 @@ from checkpoints import add_tokenizer, make_checkpoint, read_shards
 import tsenor_cli.training.trainer
 from tsenor_cli.checkpoint.adapter.whole import load_model
 from tsenor_cli.checkpoint.reader import open_checkpoint
-from tsenor_cli.errors import CheckFailed, InputRefused
+from tsenor_cli.errors import CheckFailed, InputRefused, TsenorError
 from tsenor_cli.observer import Observer
 from tsenor_cli.pipeline import finetune, prune, verify
 from tsenor_cli.specs import FinetuneSpec, NMPattern, PruneSpec
@@ -50,6 +50,19 @@ def tensors(directory):
 
 def zeros(tensor):
     return tensor == 0
+
+
+def test_checkpoints_of_the_training_need_space_too(sparse, text, tmp_path, monkeypatch):
+    """Three, of weights and two moments in float32 each, while Trainer changes one for the next."""
+    source = sparse("llama")
+    checkpoint = open_checkpoint(source)
+    needed = checkpoint.nbytes + checkpoint.other_bytes
+    needed += 3 * 12 * sum(tensor.parameters for tensor in checkpoint.tensors.values())
+    free = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: free._replace(free=needed - 1))
+    with pytest.raises(TsenorError, match="free and the output needs"):
+        finetune(spec(source, tmp_path / "out", text))
+    assert not list(tmp_path.glob("out*"))
 
 
 @pytest.mark.slow

@@ -143,6 +143,26 @@ def test_what_masked_adapters_were_trained_to_is_what_the_merge_gives(sparse):
     assert (plain(input_ids=rows()).logits - trained).abs().max() > 0.1  # unmasked, much is lost
 
 
+@torch.no_grad()
+def test_adapters_of_weights_that_lie_the_other_way_round():
+    """GPT-2 has its linear maps as [in, out], and so are their masks."""
+    from peft import LoraConfig, get_peft_model
+    from transformers.pytorch_utils import Conv1D
+
+    mask = torch.tensor([[True, False], [False, True]]).repeat(8, 4)  # [in, out] = [16, 8]
+    net = nn.Sequential(Conv1D(8, 16))
+    net[0].weight.mul_(mask)
+    model = get_peft_model(net, LoraConfig(r=2, target_modules=["0"], fan_in_fan_out=True, init_lora_weights=False))
+    lora, x = model.get_submodule("base_model.model.0"), torch.randn(5, 16)
+    product = lora.lora_A["default"].weight.T @ lora.lora_B["default"].weight.T  # [in, out]
+    weight = torch.where(mask, net[0].weight + product * lora.scaling["default"], 0)
+    assert mask_adapters(model, {"0.weight": mask}) == ["0.weight"]
+    torch.testing.assert_close(model(x), x @ weight + net[0].bias)
+    plain, (merged,) = merge_lora(model, {"0.weight": mask})
+    torch.testing.assert_close(plain.get_parameter("0.weight"), weight)
+    assert merged.lost == 0.0
+
+
 @pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")
 def test_adapters_of_other_kinds_are_refused(sparse):
     from peft import LoraConfig, get_peft_model

@@ -138,12 +138,15 @@ class Collector:
             return
         everybody = self._team.gather([(site, tuple(x.shape), x.dtype) for site, x in self._seen])
         for source, seen in enumerate(everybody):
+            given = []  # all of a source's, before any is summed up: processes wait for each other but once
             for number, (site, shape, dtype) in enumerate(seen):
                 own = self._seen[number][1] if source == self._team.rank else None
                 blocks = self._blocks_by_rank(site, shape[-1])
                 inputs = self._team.give(own, (shape, dtype), self._device, source, blocks)
                 if inputs is not None and self._team.rank in blocks:
-                    self._sum(site, inputs, blocks[self._team.rank])
+                    given.append((site, inputs, blocks[self._team.rank]))
+            for part in given:
+                self._sum(*part)
         self._seen.clear()
         for leaders in self._team.gather(self.leaders):
             self.leaders |= leaders

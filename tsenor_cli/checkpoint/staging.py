@@ -180,7 +180,7 @@ def _enter(partial: Path, output: Path, identity: Identity, resume: bool | None)
     if len(journal) and resume is None:
         raise OutputUnavailable(
             f"an interrupted run has left {output} unfinished",
-            "go on with --resume, or start over with --no-resume",
+            "repeat that run with --resume to go on, or with --no-resume to start over",
             code="unfinished-run",
         )
     if len(journal) and resume:
