@@ -97,7 +97,7 @@ def test_what_cannot_be_merged(tsenor, spec, tmp_path):
 
 def test_an_unfinished_run_beside_the_parts_is_not_lost(tsenor, spec):
     class Stops(Observer):
-        def pruned(self, record):
+        def pruned(self, _record):
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):

@@ -76,6 +76,7 @@ def test_the_first_rule_that_fits_decides(tmp_path):
         ("nm: 2:4\nmethods: wanda\n", "unknown field 'methods'"),
         ("nm: 5:4\n", "not possible"),
         ("nm: two\n", "not of the form"),
+        ("nm: 2:4\nrules: [{match: a}, {match: b, nm: two}]\n", "rule 2: .*not of the form"),
         ("nm: 2:4\nkind: diagonal\n", "kind is 'diagonal'"),
         ("nm: 2:4\nmethod: obs\n", "unknown method 'obs'"),
         ("nm: 2:4\nrules: all\n", "rules is not a list"),

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from tsenor_cli.errors import UsageError
-from tsenor_cli.specs import NMPattern, PruneSpec
+from tsenor_cli.specs import CalibrationSpec, FinetuneSpec, NMPattern, PruneSpec
 
 
 @pytest.mark.parametrize("text", ["1:2", "2:4", "1:64", "63:64", "16:32"])
@@ -32,5 +32,10 @@ def test_transposable_needs_both_axes():
 
 
 def test_paths_are_what_the_run_needs():
-    spec = PruneSpec(Path("a") / "b", "out", NMPattern(2, 4))
-    assert (spec.model, spec.output) == (str(Path("a") / "b"), Path("out"))
+    path, text = Path("a") / "b", str(Path("a") / "b")
+    pruned = PruneSpec(path, "out", NMPattern(2, 4), calibration=CalibrationSpec(path), eval_text=path)
+    assert (pruned.model, pruned.output, pruned.eval_text) == (text, Path("out"), text)
+    assert pruned.calibration.source == text
+    tuned = FinetuneSpec(path, "out", path, eval_text=path)
+    assert (tuned.model, tuned.output, tuned.text, tuned.eval_text) == (text, Path("out"), text, text)
+    assert FinetuneSpec("a", Path("out"), "b").eval_text is None

@@ -100,7 +100,10 @@ def _choice(fields: dict[str, Any], where: str) -> Choice:
         raise _BadRecipe(f"{where}: kind is {kind!r}", f"give {' or '.join(_KINDS)}")
     if method not in METHODS:
         raise _BadRecipe(f"{where}: unknown method {method!r}", f"known: {', '.join(METHODS)}")
-    return Choice(NMPattern.parse(nm, transposable=kind == "transposable"), method)
+    try:
+        return Choice(NMPattern.parse(nm, transposable=kind == "transposable"), method)
+    except UsageError as error:
+        raise _BadRecipe(f"{where}: {error.message}", error.remedy) from error
 
 
 def _check_fields(fields: dict[str, Any], known: set[str], where: str) -> None:

@@ -89,6 +89,10 @@ class CalibrationSpec:
     sequence_length: int | None = None  # tokens; None: as many as the model can, 2048 at most
     seed: int = 0
 
+    def __post_init__(self) -> None:
+        """Take a path as str or Path."""
+        object.__setattr__(self, "source", str(self.source))
+
 
 @dataclass(frozen=True)
 class Part:
@@ -171,9 +175,8 @@ class PruneSpec:
     resume: bool | None = None  # go on with what an interrupted run left, or start over; None refuses to choose
 
     def __post_init__(self) -> None:
-        """Take a Path for the model and a str for the output, as callers have them: reports hold the one as text."""
-        object.__setattr__(self, "model", str(self.model))
-        object.__setattr__(self, "output", Path(self.output))
+        """Take paths as str or Path."""
+        _take_paths(self, "model", "eval_text")
 
     def choice(self, name: str) -> Choice | None:
         """What the rules say of a tensor, or else the defaults."""
@@ -220,6 +223,18 @@ class FinetuneSpec:
     device: str = "auto"
     overwrite: bool = False
     resume: bool | None = None  # as of PruneSpec
+
+    def __post_init__(self) -> None:
+        """Take paths as str or Path."""
+        _take_paths(self, "model", "text", "eval_text")
+
+
+def _take_paths(spec: PruneSpec | FinetuneSpec, *as_text: str) -> None:
+    """Callers have them as str or as Path; what reports hold is text, and the output is a Path."""
+    for name in as_text:
+        if (given := getattr(spec, name)) is not None:
+            object.__setattr__(spec, name, str(given))
+    object.__setattr__(spec, "output", Path(spec.output))
 
 
 def matches(name: str, pattern: str) -> bool:

@@ -117,7 +117,9 @@ def test_the_same_run_goes_on(place):
 
 def test_an_interrupted_run_is_not_thrown_away_unasked(place):
     interrupt(place / "out")
-    with pytest.raises(OutputUnavailable, match="unfinished: repeat that run with --resume to go on, or with --no-resume"):
+    with pytest.raises(
+        OutputUnavailable, match="unfinished: repeat that run with --resume to go on, or with --no-resume"
+    ):
         staged(place / "out").__enter__()
     with staged(place / "out", resume=False) as run:
         assert files(run.directory) == []
