@@ -337,8 +337,7 @@ def _written(
             yield record
             done.add(record.name)
     left = (item for item in plan.tensors if writers[item.tensor.name] == team.rank and item.tensor.name not in done)
-    forgetful = job.checkpoint.outgrows_cache
-    streaming = Streaming(pruners, solvers, job.device, shards, observer, forgetful=forgetful)
+    streaming = Streaming(pruners, solvers, job.device, shards, observer)
     for group in fetched(plan.checkpoint, left, staged.scratch, sampled_bytes(plan.pruned)):
         yield from streaming.run(group)
 

@@ -58,7 +58,6 @@ class Streaming:
         pruners: by name of the method; such as see no inputs.
         solvers: by pattern.
         device: where masks are solved.
-        forgetful: nobody will find the input in the system's cache again; give its pages back for what comes next.
     """
 
     def __init__(
@@ -68,10 +67,7 @@ class Streaming:
         device: torch.device,
         shards: OutputShards,
         observer: Observer,
-        *,
-        forgetful: bool = False,
     ) -> None:
-        self._forgetful = forgetful
         self._pruners = pruners
         self._solvers = solvers
         self._device = device
@@ -96,15 +92,12 @@ class Streaming:
                 if record is not None:
                     yield record
 
-    def _read(self, part: _Part) -> tuple[_Part, torch.Tensor | bytearray]:
+    def _read(self, part: _Part) -> tuple[_Part, torch.Tensor | _Content]:
         tensor = part.item.tensor
-        content = (tensor.read if part.item.pruned else tensor.read_bytes)(part.first, part.last)
-        if part.ends and self._forgetful:
-            tensor.forget()
-        return part, content
+        return part, (tensor.read if part.item.pruned else tensor.read_bytes)(part.first, part.last)
 
-    def _prune(self, part: _Part, content: torch.Tensor | bytearray) -> _Pruned:
-        if isinstance(content, bytearray):
+    def _prune(self, part: _Part, content: torch.Tensor | _Content) -> _Pruned:
+        if not isinstance(content, torch.Tensor):
             return part, content, None, Tally()
         pruned, mask, tally = self._prune_band(part.item, content)
         return part, as_bytes(pruned), None if mask is None else as_bytes(mask), tally

@@ -124,7 +124,9 @@ def test_what_is_written_is_settled_in_time(llama, staging, monkeypatch):
     """Put to disk, and its pages given back, before a shard is complete; not one byte of it changes."""
     forgotten = []
     monkeypatch.setattr("tsenor_cli.checkpoint.writer.SETTLE_BYTES", 1000)
-    monkeypatch.setattr("tsenor_cli.checkpoint.writer.forget", lambda file, *part: forgotten.append((file.name, *part)))
+    monkeypatch.setattr(
+        "tsenor_cli.checkpoint.writer._forget", lambda file, *part: forgotten.append((file.name, *part))
+    )
     checkpoint = open_checkpoint(llama)
     shards = OutputShards(checkpoint, staging)
     shard = checkpoint.shards[0]

@@ -59,11 +59,6 @@ class Checkpoint:
         return found
 
     @cached_property
-    def outgrows_cache(self) -> bool:
-        """Larger than half of the memory: the system cannot keep it for whoever reads it next."""
-        return sys.platform == "linux" and self.nbytes > os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2
-
-    @cached_property
     def other_files(self) -> tuple[Path, ...]:
         """Every file but the shards and dense copies in other formats, relative to the directory."""
         return tuple(path for path in self._rest if not is_other_format(path.as_posix()))
@@ -115,6 +110,8 @@ def _open_checkpoint(directory: Path, revision: str | None) -> Checkpoint:
     config = read_object(config_path)
     _refuse_quantised(directory, config)
     shards = tuple(read_shard(path) for path in _shard_paths(directory))
+    if _outgrow_cache(shards):
+        shards = tuple(shard.uncached() for shard in shards)
     checkpoint = Checkpoint(directory, config, shards, revision)
     _check_index(checkpoint)
     packed = next((name for name in checkpoint.tensors if name.endswith(_PACKED_SUFFIXES)), None)
@@ -125,6 +122,14 @@ def _open_checkpoint(directory: Path, revision: str | None) -> Checkpoint:
             code="quantised-checkpoint",
         )
     return checkpoint
+
+
+def _outgrow_cache(shards: tuple[Shard, ...]) -> bool:
+    """Larger than half of the memory: the system cannot keep them for whoever reads them next."""
+    if sys.platform != "linux":
+        return False
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    return sum(shard.nbytes for shard in shards) > memory / 2
 
 
 def check_contained(path: Path, directory: Path) -> None:

@@ -7,16 +7,15 @@ The format: an 8-byte little-endian header length, a JSON header, then the tenso
 
 from __future__ import annotations
 
-import os
 import re
-import sys
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import prod
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any
 
 from tsenor_cli.checkpoint.jsonfile import MAX_JSON_BYTES, parse_object
+from tsenor_cli.checkpoint.uncached import read_uncached
 from tsenor_cli.errors import InputRefused
 
 if TYPE_CHECKING:
@@ -48,6 +47,7 @@ class DiskTensor:
     shape: tuple[int, ...]
     start: int
     stop: int
+    uncached: bool = False  # read past the system's cache
 
     @property
     def parameters(self) -> int:
@@ -87,25 +87,31 @@ class DiskTensor:
         dtype = self.torch_dtype
         rows, *others = self.shape or (1,)
         count, row_bytes = len(range(*slice(first, last).indices(rows))), self.nbytes // max(rows, 1)
-        raw = torch.empty(count * row_bytes, dtype=torch.uint8, pin_memory=pinned)
-        self._fill(raw.numpy().data, first * row_bytes)
+        nbytes = count * row_bytes
+        there = None if pinned else self._read_uncached(first * row_bytes, nbytes)
+        if there is None:
+            raw = torch.empty(nbytes, dtype=torch.uint8, pin_memory=pinned)
+            self._fill(raw.numpy().data, first * row_bytes)
+        else:
+            raw = torch.frombuffer(there, dtype=torch.uint8)
         return raw.view(dtype).view((count, *others) if self.shape else ())
 
-    def read_bytes(self, first: int, last: int) -> bytearray:
+    def read_bytes(self, first: int, last: int) -> bytearray | memoryview:
         """Bytes `first` to `last` of the tensor, whatever its dtype."""
+        there = self._read_uncached(first, last - first)
+        if there is not None:
+            return there
         buffer = bytearray(last - first)
         self._fill(memoryview(buffer), first)
         return buffer
 
-    def forget(self) -> None:
-        """Give back what the system's cache has of it."""
-        with self.path.open("rb", buffering=0) as file:
-            forget(file, self.start, self.nbytes)
-
-    def chunks(self) -> Iterator[bytearray]:
+    def chunks(self) -> Iterator[bytearray | memoryview]:
         """The raw bytes, a few MiB at a time."""
         for first in range(0, self.nbytes, COPY_BYTES):
             yield self.read_bytes(first, min(first + COPY_BYTES, self.nbytes))
+
+    def _read_uncached(self, offset: int, nbytes: int) -> memoryview | None:
+        return read_uncached(self.path, self.start + offset, nbytes) if self.uncached and nbytes else None
 
     def _fill(self, buffer: memoryview, offset: int) -> None:
         with self.path.open("rb", buffering=0) as file:
@@ -126,6 +132,10 @@ class Shard:
     def nbytes(self) -> int:
         """Of the file, which its header accounts for."""
         return 8 + len(self.header) + sum(tensor.nbytes for tensor in self.tensors)
+
+    def uncached(self) -> Shard:
+        """To be read past the system's cache."""
+        return replace(self, tensors=tuple(replace(tensor, uncached=True) for tensor in self.tensors))
 
 
 def read_shard(path: Path) -> Shard:
@@ -192,12 +202,6 @@ def _is_text(value: object) -> bool:
 
 def _position(tensor: DiskTensor) -> tuple[int, int]:
     return tensor.start, tensor.stop
-
-
-def forget(file: IO[bytes], start: int, nbytes: int) -> None:
-    """Let the system take what it keeps in memory of a file, where it can be told: nobody will read it again soon."""
-    if sys.platform == "linux":
-        os.posix_fadvise(file.fileno(), start, nbytes, os.POSIX_FADV_DONTNEED)
 
 
 def _fill(file: Any, buffer: memoryview, path: Path) -> None:  # noqa: ANN401  (an unbuffered binary file)

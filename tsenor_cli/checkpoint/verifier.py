@@ -121,9 +121,6 @@ def verify_checkpoint(
         comparable = source is not None and (source.dtype, source.shape) == (tensor.dtype, tensor.shape)
         source = source if comparable else None
         hashes[name] = _check_pruned(tensor, claimed, masks.get(name), source, result, advanced)
-        for read in (tensor, source) if checkpoint.outgrows_cache else ():
-            if read is not None:
-                read.forget()
     if original is not None:
         changed = set(original.tensors) if claim.trained else set(claim.tensors)
         result.failures += _differences(checkpoint, original, changed, hashes, advanced)

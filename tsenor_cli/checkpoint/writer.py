@@ -6,6 +6,7 @@ import hashlib
 import json
 import os
 import shutil
+import sys
 from collections import defaultdict
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -16,7 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
 
 from tsenor_cli.checkpoint.reader import Checkpoint
-from tsenor_cli.checkpoint.shard import COPY_BYTES, DiskTensor, Shard, forget
+from tsenor_cli.checkpoint.shard import COPY_BYTES, DiskTensor, Shard
 
 if TYPE_CHECKING:
     import torch
@@ -216,7 +217,13 @@ def _settle(path: Path, ranges: list[tuple[int, int]]) -> None:
     with path.open("r+b") as file:
         _sync(file)
         for start, nbytes in ranges:
-            forget(file, start, nbytes)
+            _forget(file, start, nbytes)
+
+
+def _forget(file: BinaryIO, start: int, nbytes: int) -> None:
+    """Let the system take what it keeps in memory of a file, where it can be told: nobody reads it soon."""
+    if sys.platform == "linux":
+        os.posix_fadvise(file.fileno(), start, nbytes, os.POSIX_FADV_DONTNEED)
 
 
 def _sync_file(path: Path) -> None:
