@@ -12,6 +12,7 @@ from collections.abc import Container, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import replace
 from functools import cached_property, partial
+from math import prod
 from typing import Any
 
 import torch
@@ -40,9 +41,8 @@ class Accumulator:
         self._squares = torch.zeros(features, dtype=torch.float64, device=device)
         self._gram = torch.zeros(features, features, dtype=torch.float64, device=device) if gram else None
 
-    def add(self, inputs: torch.Tensor, blocks: Container[int] = range(_COLUMN_BLOCKS)) -> None:
-        """Add inputs [.., features] of any floating dtype, to some blocks of columns only if others have the rest."""
-        x = inputs.reshape(-1, inputs.shape[-1]).to(torch.float32)
+    def add(self, x: torch.Tensor, blocks: Container[int] = range(_COLUMN_BLOCKS)) -> None:
+        """Add inputs, float32 [tokens, features], to some blocks of columns only if others have the rest."""
         self.tokens += len(x)
         if self._gram is None:
             self._squares += x.square().sum(0)
@@ -103,6 +103,7 @@ class Collector:
         self._team = team or Team()
         self._device = device
         self._sums: dict[Site, Accumulator] = {}
+        self._rooms: dict[tuple[str, Site | None, torch.dtype], torch.Tensor] = {}
         self._seen: list[tuple[Site, torch.Tensor]] = []  # in the last pass, for the others
         self.leaders: dict[Site, Site] = {}  # of several sites that are given the same tensor, the first
         self._given: list[tuple[torch.Tensor, int, Site]] = []  # in one pass: tensor, version, leader
@@ -140,10 +141,11 @@ class Collector:
         for source, seen in enumerate(everybody):
             given = []  # all of a source's, before any is summed up: processes wait for each other but once
             for number, (site, shape, dtype) in enumerate(seen):
-                own = self._seen[number][1] if source == self._team.rank else None
                 blocks = self._blocks_by_rank(site, shape[-1])
-                inputs = self._team.give(own, (shape, dtype), self._device, source, blocks)
-                if inputs is not None and self._team.rank in blocks:
+                own = source == self._team.rank
+                inputs = self._seen[number][1] if own else self._room("given", site, shape, dtype, self._device)
+                self._team.give(inputs, (shape, dtype), self._device, source, blocks)
+                if self._team.rank in blocks:
                     given.append((site, inputs, blocks[self._team.rank]))
             for part in given:
                 self._sum(*part)
@@ -229,12 +231,30 @@ class Collector:
             self._add(site, inputs)
 
     def _add(self, site: Site, inputs: torch.Tensor) -> None:
+        flat = inputs.detach().reshape(-1, inputs.shape[-1])
         if self._team.size == 1:
-            self._sum(site, inputs)
+            self._sum(site, flat)
         else:  # a copy: the layer may write into it before all have it
-            self._seen.append((site, inputs.detach().reshape(-1, inputs.shape[-1]).clone()))
+            self._seen.append((site, self._room("seen", site, flat.shape, flat.dtype, flat.device).copy_(flat)))
 
     def _sum(self, site: Site, inputs: torch.Tensor, blocks: Container[int] = range(_COLUMN_BLOCKS)) -> None:
         if site not in self._sums:
             self._sums[site] = Accumulator(inputs.shape[-1], inputs.device, gram=self._gram)
+        if inputs.dtype != torch.float32:
+            inputs = self._room("float32", None, inputs.shape, torch.float32, inputs.device).copy_(inputs)
         self._sums[site].add(inputs, blocks)
+
+    def _room(
+        self, purpose: str, site: Site | None, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device
+    ) -> torch.Tensor:
+        """Memory that is kept for the next time, as new pages take ten times as long as what is written to them.
+
+        Not for experts, of which there are many, with few tokens each.
+        """
+        key, size = (purpose, site, dtype), prod(shape)
+        room = self._rooms.get(key)
+        if room is None or len(room) < size:
+            room = torch.empty(size, dtype=dtype, device=device)
+            if site is None or site.expert is None:
+                self._rooms[key] = room
+        return room[:size].view(shape)
