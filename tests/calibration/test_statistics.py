@@ -8,6 +8,7 @@ from torch import nn
 
 from tsenor_cli.calibration.statistics import Accumulator, Collector
 from tsenor_cli.checkpoint.site import Site
+from tsenor_cli.distributed import Team
 from tsenor_cli.errors import InputRefused
 
 CPU = torch.device("cpu")
@@ -137,6 +138,39 @@ def test_a_pass_ends_when_all_is_seen(times, ends):
     stats = collector.results()
     assert stats[Site("a")].tokens == 12
     assert stats[Site("b")].tokens == 12 * times
+
+
+class Twin(Team):
+    """The first of two processes; the other one sees the same."""
+
+    def __init__(self) -> None:
+        super().__init__(0, 2)
+        self._sent = []
+
+    def gather(self, value):
+        return [value, value]
+
+    def give(self, tensor, like, device, source, receivers):  # noqa: ARG002
+        if source == 0:
+            self._sent.append(tensor.clone())
+        else:
+            tensor.copy_(self._sent.pop(0))
+        return tensor
+
+
+def test_a_module_that_is_called_twice_is_shared_twice():
+    block, found = Counted(), []
+    block.times = 2
+    for team in (Team(), Twin()):
+        collector = Collector(block, [Site("b")], gram=False, team=team)
+        for batch in noise(3, 4, 8):
+            with torch.no_grad(), collector.watching():
+                block(batch)
+            collector.share()
+        found.append(collector.results()[Site("b")])
+    alone, together = found
+    assert together.tokens == 2 * alone.tokens == 2 * 3 * 4 * 2
+    torch.testing.assert_close(together.squared_norms, 2 * alone.squared_norms)
 
 
 def test_other_errors_are_not_swallowed():

@@ -8,7 +8,7 @@ set of statistics.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Container, Iterable, Iterator, Mapping
+from collections.abc import Container, Hashable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import replace
 from functools import cached_property, partial
@@ -103,8 +103,8 @@ class Collector:
         self._team = team or Team()
         self._device = device
         self._sums: dict[Site, Accumulator] = {}
-        self._rooms: dict[tuple[str, Site | None, torch.dtype], torch.Tensor] = {}
-        self._seen: list[tuple[Site, torch.Tensor]] = []  # in the last pass, for the others
+        self._rooms: dict[tuple[Hashable, torch.dtype], torch.Tensor] = {}
+        self._seen: list[tuple[Site, int, torch.Tensor]] = []  # for the others: site, its call in the last pass, inputs
         self.leaders: dict[Site, Site] = {}  # of several sites that are given the same tensor, the first
         self._given: list[tuple[torch.Tensor, int, Site]] = []  # in one pass: tensor, version, leader
         self._calls: Counter[Site] = Counter()  # of hooked modules, in one pass
@@ -137,13 +137,15 @@ class Collector:
         """Sum up what every process has seen in its last pass, or its lack of one; all of them call it."""
         if self._team.size == 1:
             return
-        everybody = self._team.gather([(site, tuple(x.shape), x.dtype) for site, x in self._seen])
+        everybody = self._team.gather([(site, call, tuple(x.shape), x.dtype) for site, call, x in self._seen])
         for source, seen in enumerate(everybody):
             given = []  # all of a source's, before any is summed up: processes wait for each other but once
-            for number, (site, shape, dtype) in enumerate(seen):
+            for number, (site, call, shape, dtype) in enumerate(seen):
                 blocks = self._blocks_by_rank(site, shape[-1])
-                own = source == self._team.rank
-                inputs = self._seen[number][1] if own else self._room("given", site, shape, dtype, self._device)
+                if source == self._team.rank:
+                    inputs = self._seen[number][-1]
+                else:
+                    inputs = self._room(_room_key("given", site, call), shape, dtype, self._device)
                 self._team.give(inputs, (shape, dtype), self._device, source, blocks)
                 if self._team.rank in blocks:
                     given.append((site, inputs, blocks[self._team.rank]))
@@ -235,26 +237,27 @@ class Collector:
         if self._team.size == 1:
             self._sum(site, flat)
         else:  # a copy: the layer may write into it before all have it
-            self._seen.append((site, self._room("seen", site, flat.shape, flat.dtype, flat.device).copy_(flat)))
+            call = self._calls[site]
+            room = self._room(_room_key("seen", site, call), flat.shape, flat.dtype, flat.device)
+            self._seen.append((site, call, room.copy_(flat)))
 
     def _sum(self, site: Site, inputs: torch.Tensor, blocks: Container[int] = range(_COLUMN_BLOCKS)) -> None:
         if site not in self._sums:
             self._sums[site] = Accumulator(inputs.shape[-1], inputs.device, gram=self._gram)
         if inputs.dtype != torch.float32:
-            inputs = self._room("float32", None, inputs.shape, torch.float32, inputs.device).copy_(inputs)
+            inputs = self._room("float32", inputs.shape, torch.float32, inputs.device).copy_(inputs)
         self._sums[site].add(inputs, blocks)
 
-    def _room(
-        self, purpose: str, site: Site | None, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device
-    ) -> torch.Tensor:
-        """Memory that is kept for the next time, as new pages take ten times as long as what is written to them.
+    def _room(self, key: Hashable, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+        """Memory, the same for a key as last time: new pages take ten times as long as what is written to them."""
+        if key is None:
+            return torch.empty(shape, dtype=dtype, device=device)
+        room = self._rooms.get((key, dtype))
+        if room is None or len(room) < prod(shape):
+            room = self._rooms[key, dtype] = torch.empty(prod(shape), dtype=dtype, device=device)
+        return room[: prod(shape)].view(shape)
 
-        Not for experts, of which there are many, with few tokens each.
-        """
-        key, size = (purpose, site, dtype), prod(shape)
-        room = self._rooms.get(key)
-        if room is None or len(room) < size:
-            room = torch.empty(size, dtype=dtype, device=device)
-            if site is None or site.expert is None:
-                self._rooms[key] = room
-        return room[:size].view(shape)
+
+def _room_key(purpose: str, site: Site, call: int) -> Hashable:
+    """None for experts, of which there are many, with few tokens each: they get new memory."""
+    return (purpose, site, call) if site.expert is None else None
