@@ -6,6 +6,7 @@ What others have in the cache stays there (docs/measured.md; open(2), O_DIRECT).
 from __future__ import annotations
 
 import os
+import sys
 from contextlib import suppress
 from pathlib import Path
 
@@ -21,18 +22,14 @@ def read_uncached(path: Path, start: int, nbytes: int) -> memoryview | None:
     The memory is aligned as the file is, so that it can be viewed as numbers; files whose tensors lie at odd places are
     left to the plain way.
     """
-    if not hasattr(os, "O_DIRECT") or start % _ALIGNMENT:
+    if sys.platform != "linux" or start % _ALIGNMENT:
         return None
     first = start - start % _BLOCK
     room, done, wanted = _aligned(start + nbytes - first), 0, start + nbytes - first
-    with suppress(OSError), open(path, "rb", buffering=0, opener=_open) as file:
+    with suppress(OSError), open(os.open(path, os.O_DIRECT), "rb", buffering=0) as file:
         while done < wanted and (count := os.preadv(file.fileno(), [room[done:]], first + done)):
             done += count
     return room[start - first : wanted] if done >= wanted else None
-
-
-def _open(path: str, flags: int) -> int:
-    return os.open(path, flags | os.O_DIRECT)
 
 
 def _aligned(nbytes: int) -> memoryview:
