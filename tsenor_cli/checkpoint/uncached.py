@@ -26,7 +26,7 @@ def read_uncached(path: Path, start: int, nbytes: int) -> memoryview | None:
         return None
     first = start - start % _BLOCK
     room, done, wanted = _aligned(start + nbytes - first), 0, start + nbytes - first
-    with suppress(OSError), open(os.open(path, os.O_DIRECT), "rb", buffering=0) as file:
+    with suppress(OSError), os.fdopen(os.open(path, os.O_RDONLY | os.O_DIRECT), "rb", buffering=0) as file:
         while done < wanted and (count := os.preadv(file.fileno(), [room[done:]], first + done)):
             done += count
     return room[start - first : wanted] if done >= wanted else None
