@@ -1,6 +1,6 @@
 """What fine-tuning with masks kept gives back on the demo model, transposable and standard, at equal steps.
 
-    .venv/bin/python scripts/bench_finetune.py [--steps 200] [--nm 2:4] [--method magnitude --method alps …]
+    .venv/bin/python scripts/bench_finetune.py [--steps 200] [--learning-rate 1e-4] [--nm 2:4] [--method alps …]
 
 The dense model is trained in the same way beside them: what it gains is no merit of fine-tuning a sparse one. Prints a
 table in Markdown: perplexity on held-out text when pruned, after training, and this beside that of the dense model
@@ -14,6 +14,7 @@ import subprocess
 import sys
 import tempfile
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -35,36 +36,38 @@ ROOT = Path(__file__).parent.parent
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--steps", type=int, default=200)
+    parser.add_argument("--learning-rate", type=float, default=1e-4)
     parser.add_argument("--nm", default="2:4")
     parser.add_argument("--method", action="append", help="default: magnitude and alps")
     args = parser.parse_args()
     made = subprocess.run([sys.executable, ROOT / "scripts/make_demo_checkpoint.py"], capture_output=True, check=True)
     demo = Path(made.stdout.decode().strip())
     with tempfile.TemporaryDirectory() as folder:
-        before, trained = dense(demo, Path(folder), args.steps)
-        print(f"{args.steps} steps of 8 windows of {LENGTH} tokens, AdamW, learning rate 1e-4\n")
+        how = {"steps": args.steps, "learning_rate": args.learning_rate}
+        before, trained = dense(demo, Path(folder), how)
+        print(f"{args.steps} steps of 8 windows of {LENGTH} tokens, AdamW, learning rate {args.learning_rate:g}\n")
         print("| | before | trained | of the dense one, trained as much |\n|---|---|---|---|")
         print(f"| dense | {before:.2f} | {trained:.2f} | 1.0000 |", flush=True)
         for method in args.method or ["magnitude", "alps"]:
             for transposable in (True, False):
                 pattern = NMPattern.parse(args.nm, transposable=transposable)
-                pruned, after = sparse(demo, Path(folder), args.steps, pattern, method)
+                pruned, after = sparse(demo, Path(folder), how, pattern, method)
                 name = f"{pattern} {pattern.kind}, {method}"
                 print(f"| {name} | {pruned:.2f} | {after:.2f} | {after / trained:.4f} |", flush=True)
 
 
-def specification(model: Path, demo: Path, output: Path, steps: int) -> FinetuneSpec:
+def specification(model: Path, demo: Path, output: Path, how: dict[str, Any]) -> FinetuneSpec:
     text, held_out = str(demo / "calibration.jsonl"), str(demo / "eval.txt")
-    return FinetuneSpec(str(model), output, text, eval_text=held_out, sequence_length=LENGTH, steps=steps)
+    return FinetuneSpec(str(model), output, text, eval_text=held_out, sequence_length=LENGTH, **how)
 
 
-def dense(demo: Path, folder: Path, steps: int) -> tuple[float, float]:
+def dense(demo: Path, folder: Path, how: dict[str, Any]) -> tuple[float, float]:
     """Perplexity of the dense model, and of the same trained without masks on the same windows."""
     checkpoint = open_checkpoint(demo / "checkpoint")
     tokenizer = CheckpointTokenizer(checkpoint.directory)
-    spec = specification(checkpoint.directory, demo, folder, steps)
+    spec = specification(checkpoint.directory, demo, folder, how)
     held_out = all_windows(str(demo / "eval.txt"), tokenizer, length=LENGTH)
-    windows = calibration_windows(spec.text, tokenizer, samples=steps * spec.batch_size, length=LENGTH).windows
+    windows = calibration_windows(spec.text, tokenizer, samples=spec.steps * spec.batch_size, length=LENGTH).windows
     before = measure_perplexity(checkpoint, held_out, Observer()).perplexity
     model, cpu = load_model(checkpoint), torch.device("cpu")
     train(model, windows, {}, spec, cpu, folder / "trainer", Journal(folder / "journal"), Observer())
@@ -72,13 +75,13 @@ def dense(demo: Path, folder: Path, steps: int) -> tuple[float, float]:
     return before, measure_perplexity(open_checkpoint(folder / "dense"), held_out, Observer()).perplexity
 
 
-def sparse(demo: Path, folder: Path, steps: int, pattern: NMPattern, method: str) -> tuple[float, float]:
+def sparse(demo: Path, folder: Path, how: dict[str, Any], pattern: NMPattern, method: str) -> tuple[float, float]:
     """Perplexity when pruned, and when trained with the masks kept."""
     pruned, output = folder / f"{method}-{pattern.kind}", folder / f"{method}-{pattern.kind}-tuned"
     calibration = CalibrationSpec(str(demo / "calibration.jsonl"), sequence_length=LENGTH)
     calibration_or_none = None if method == "magnitude" else calibration
     prune(PruneSpec(str(demo / "checkpoint"), pruned, pattern, method, calibration=calibration_or_none))
-    report = finetune(specification(pruned, demo, output, steps))
+    report = finetune(specification(pruned, demo, output, how))
     assert report.perplexity is not None
     return tuple(report.perplexity[key]["perplexity"] for key in ("before", "after"))
 

@@ -17,8 +17,9 @@ def count(request, monkeypatch):
 
     def by_words(mask, n, m, high):
         mask, pattern = torch.from_numpy(mask), NMPattern(n, m, high > 1)
-        right = invariants._words_are_right(mask, pattern)
-        assert m % 4 or right == (invariants._first_violation(mask, pattern) is None)
+        right = invariants.count_words(mask, pattern)
+        assert (right is None) == (m % 4 > 0)
+        assert right is None or bool(right) == (invariants._first_violation(mask, pattern) is None)
         return right
 
     if request.param == "words":

@@ -102,6 +102,25 @@ def test_what_transformers_loads_is_what_was_trained(architecture, sparse, text,
         assert torch.equal(tensor.to(torch.bfloat16), trained[name].to(torch.bfloat16))
 
 
+@pytest.mark.gpu
+def test_on_a_card(sparse, text, tmp_path):
+    """As on the CPU but for the rounding of bfloat16 products, and stopped half-way it goes on."""
+    pytest.importorskip("jsonschema", reason="reading a report needs it")
+    source = sparse("llama")
+    there, here = (
+        finetune(spec(source, tmp_path / device, text, device=device, accumulate=2, weight_decay=0.1))
+        for device in ("cuda", "cpu")
+    )
+    assert there.training["losses"] == pytest.approx(here.training["losses"], rel=0.02)
+    assert verify(str(tmp_path / "cuda")).ok
+    for name, tensor in tensors(source).items():
+        assert torch.equal(zeros(tensor), zeros(tensors(tmp_path / "cuda")[name])) or not zeros(tensor).any()
+    with pytest.raises(KeyboardInterrupt):
+        finetune(spec(source, tmp_path / "out", text, device="cuda", accumulate=2, weight_decay=0.1), _Stops(4))
+    again = finetune(spec(source, tmp_path / "out", text, device="cuda", accumulate=2, weight_decay=0.1, resume=True))
+    assert again.training["losses"] == pytest.approx(there.training["losses"], rel=1e-3)
+
+
 class _Stops(Observer):
     def __init__(self, step):
         self._step = step

@@ -45,3 +45,5 @@ class Tally(NamedTuple):
 
 
 Kernel: TypeAlias = Callable[[Scores, int, int, Mask], Tally]
+# What a kernel on a GPU gives while it runs: called, it waits for the sums. May raise UnusableScoresError.
+Pending: TypeAlias = Callable[[], Tally]

@@ -7,39 +7,42 @@ import torch
 from tsenor_cli.specs import NMPattern
 
 
-def violation(mask: torch.Tensor, pattern: NMPattern) -> str | None:
+def violation(mask: torch.Tensor, pattern: NMPattern, right: torch.Tensor | None = None) -> str | None:
     """Say where `mask` [.., out, in] (bool) first breaks `pattern`, or None if it does not.
 
-    The dimensions must be ones that the pattern divides.
+    The dimensions must be ones that the pattern divides. `right` is what count_words says of it, if it was asked.
     """
     if mask.numel() == 0:
         return None
     flat = mask.reshape(-1, mask.shape[-1]).contiguous()
+    return None if (_is_right(flat, pattern) if right is None else right) else _first_violation(flat, pattern)
+
+
+def _is_right(mask: torch.Tensor, pattern: NMPattern) -> bool:
     if mask.device.type != "cpu":
-        right = _words_are_right(flat, pattern)
-    else:
-        from tsenor_cli.kernels.census import stripes_are_right  # loads numba, which only a solve needs
+        return bool(count_words(mask, pattern))
+    from tsenor_cli.kernels.census import stripes_are_right  # loads numba, which only a solve needs
 
-        right = stripes_are_right(flat.numpy(), pattern.n, pattern.m, pattern.m if pattern.transposable else 1)
-    return None if right else _first_violation(flat, pattern)
+    return stripes_are_right(mask.numpy(), pattern.n, pattern.m, pattern.m if pattern.transposable else 1)
 
 
-def _words_are_right(mask: torch.Tensor, pattern: NMPattern) -> bool:
-    """Count 4 or 8 entries of a contiguous mask at a time, as the bytes of a word; False where m or memory forbids it.
+def count_words(mask: torch.Tensor, pattern: NMPattern) -> torch.Tensor | None:
+    """Is a contiguous mask [rows, columns] right? A bool on its device, which need not be there yet.
 
-    No count is above 64, so none runs over into the byte beside it.
+    Counts 4 or 8 entries at a time, as the bytes of a word; None where m or memory forbids it. No count is above 64, so
+    none runs over into the byte beside it.
     """
     (rows, columns), n, m = mask.shape, pattern.n, pattern.m
     width = 8 if m % 8 == 0 else 4
     if m % width or mask.data_ptr() % width:
-        return False
+        return None
     word = torch.int64 if width == 8 else torch.int32
     words, ones = mask.view(word), 0x0101010101010101 >> (64 - 8 * width)
     groups = words.view(rows, columns // m, m // width).sum(-1, dtype=word) if m > width else words
     wrong = ((groups * ones) >> (8 * width - 8) != n).any()  # the highest byte of the product is the sum of all
     if pattern.transposable:
         wrong |= (words.view(rows // m, m, -1).sum(1, dtype=word) != n * ones).any()
-    return not wrong
+    return ~wrong
 
 
 def _first_violation(mask: torch.Tensor, pattern: NMPattern) -> str | None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from importlib.metadata import version
 from traceback import walk_tb
 from types import FrameType
@@ -13,17 +14,19 @@ from typing import TypeAlias
 import torch
 
 from tsenor_cli.errors import TsenorError, UsageError
-from tsenor_cli.kernels.contract import Tally, UnusableScoresError
+from tsenor_cli.kernels.contract import Pending, UnusableScoresError
 from tsenor_cli.masks.bands import cut
+from tsenor_cli.masks.invariants import count_words
 from tsenor_cli.masks.plain import NAME, solve_plain
 from tsenor_cli.masks.request import Request, Solved
+from tsenor_cli.specs import NMPattern
 
 BYTES_PER_SCORE = 24  # of a band: the scores and a copy in the kernel's layout, float64 both, and masks
 MOST_ELEMENTS = 1 << 28  # more at a time is no faster
 SURELY_FREE = 16  # what needs less than this part of the memory is tried at once: to ask takes longer than to solve
 _READ = {torch.float64, torch.float32, torch.bfloat16, torch.float16}  # other types become float32 first
 Kernel: TypeAlias = Callable[
-    [torch.Tensor, torch.Tensor, torch.Tensor | None, torch.Tensor | None, bool], Tally
+    [torch.Tensor, torch.Tensor, torch.Tensor | None, torch.Tensor | None, bool], Pending
 ]  # scores, mask, warm duals, found duals, absolute
 
 
@@ -41,24 +44,21 @@ def solve_bands(
         TsenorError: its memory is too small for the smallest band.
     """
     try:
-        return Solved(*_solve(scores, _kernel(request), request, warm, duals, device), request.name)
+        return _solve(scores, _kernel(request), request, warm, duals, device)
     except KernelFailed:
         if not request.fallback:
             raise
     pattern = request.pattern
     if duals is not None:
         raise UsageError("plain torch gives no duals", "leave out return_duals, or fallback")
-    return Solved(
-        *_solve(
-            scores,
-            lambda x, mask, _w, _d, sign: solve_plain(x, pattern, mask, absolute=sign),
-            request,
-            None,
-            None,
-            device,
-        ),
-        NAME,
-    )
+    return _solve(scores, partial(_plain_kernel, pattern), request, None, None, device)._replace(solver=NAME)
+
+
+def _plain_kernel(
+    pattern: NMPattern, scores: torch.Tensor, mask: torch.Tensor, _warm: None, _duals: None, absolute: bool
+) -> Pending:
+    tally = solve_plain(scores, pattern, mask, absolute=absolute)
+    return lambda: tally
 
 
 def _solve(
@@ -68,13 +68,16 @@ def _solve(
     warm: torch.Tensor | None,
     duals: torch.Tensor | None,
     device: torch.device,
-) -> tuple[torch.Tensor, list[Tally]]:
-    """The mask and the certificates, in bands of a size that fits."""
+) -> Solved:
+    """In bands of a size that fits."""
     free = _free_bytes(device, scores.numel() * BYTES_PER_SCORE)
     elements = max(1, min(MOST_ELEMENTS, free // BYTES_PER_SCORE))
     while True:
         try:
-            return _solve_in_bands(scores, kernel, request, warm, duals, device, elements)
+            mask, pending = _solve_in_bands(scores, kernel, request, warm, duals, device, elements)
+            # Queued before anything is waited for, so that the card goes on to it when the kernels end.
+            right = count_words(mask.flatten(end_dim=-2), request.pattern) if pending else None
+            return Solved(mask, [tally() for tally in pending], request.name, right)
         except torch.OutOfMemoryError:
             if elements <= scores.shape[-1] * request.pattern.m:
                 raise TsenorError(
@@ -94,20 +97,20 @@ def _solve_in_bands(
     duals: torch.Tensor | None,
     device: torch.device,
     elements: int,
-) -> tuple[torch.Tensor, list[Tally]]:
+) -> tuple[torch.Tensor, list[Pending]]:
     m = request.pattern.m
     mask = torch.empty(scores.shape, dtype=torch.bool, device=device)
     flat = mask.view(math.prod(mask.shape[:-1]), mask.shape[-1])
-    tallies, row = [], 0
+    pending, row = [], 0
     for piece in cut(scores, m, elements):
         band = piece.to(device, non_blocking=True)
         band = band if band.dtype in _READ else band.to(torch.float32)
         first, last = (end * mask.shape[-1] // m**2 for end in (row, row + len(band)))
         start, found = (None if array is None else array[first:last] for array in (warm, duals))
         with _plain_failures(device):
-            tallies.append(kernel(band, flat[row : row + len(band)], start, found, request.absolute))
+            pending.append(kernel(band, flat[row : row + len(band)], start, found, request.absolute))
         row += len(band)
-    return mask, tallies
+    return mask, pending
 
 
 def _kernel(request: Request) -> Kernel:

@@ -69,3 +69,4 @@ class Solved(NamedTuple):
     mask: torch.Tensor
     tallies: list[Tally]
     solver: str
+    right: torch.Tensor | None = None  # of invariants.count_words, queued behind the kernels

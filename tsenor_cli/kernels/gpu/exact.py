@@ -6,13 +6,13 @@ second settles the rest exactly. Blocks of 4 are enumerated instead.
 
 from __future__ import annotations
 
-from functools import cache
+from functools import cache, partial
 from typing import Any
 
 import numpy as np
 import torch
 
-from tsenor_cli.kernels.contract import Tally, UnusableScoresError
+from tsenor_cli.kernels.contract import Pending, Tally, UnusableScoresError
 from tsenor_cli.kernels.gpu import settle_kernel
 from tsenor_cli.kernels.gpu.exact_variants import (
     can_write_words,
@@ -43,19 +43,16 @@ def solve_transposable(
     absolute: bool = False,
     warm: torch.Tensor | None = None,
     duals: torch.Tensor | None = None,
-) -> Tally:
+) -> Pending:
     """Fill `mask` with the optimal transposable n:m mask of `scores`; warm and duals are those of kernels/exact.py.
 
     scores [rows, cols] float32, bfloat16, float16 or float64, mask [rows, cols] bool, warm and duals float64
     [blocks, 2, m]: contiguous, on one device.
 
-    Raises:
-        UnusableScoresError: a score is negative, unless `absolute`, or not finite.
-        RuntimeError: paths that must exist were not found; a bug.
+    Scores that are negative, unless `absolute`, or not finite are told when the tally is asked for; and paths that must
+    exist and were not found, as a RuntimeError.
     """
     blocks = scores.numel() // (m * m)
-    if blocks == 0:
-        return Tally(0.0, 0.0, 0.0, 0)
     dtype, lanes = DTYPES[str(scores.dtype).removeprefix("torch.")], warp_size(scores)
     if m == 4 and duals is None and mask.data_ptr() % 4 == 0:
         return enumerate_fours(scores, mask, n, four_variant(n, dtype, lanes, absolute=absolute))
@@ -93,7 +90,7 @@ def solve_transposable(
     return settle_queue(shared, queue, state, prices, objective, found, most, both)
 
 
-def enumerate_fours(scores: torch.Tensor, mask: torch.Tensor, n: int, variant: Variant) -> Tally:
+def enumerate_fours(scores: torch.Tensor, mask: torch.Tensor, n: int, variant: Variant) -> Pending:
     """Blocks of 4; no start makes this faster, so none is asked for."""
     blocks = scores.numel() // 16
     programs = -(-blocks // variant.constants["L"])
@@ -108,7 +105,12 @@ def enumerate_fours(scores: torch.Tensor, mask: torch.Tensor, n: int, variant: V
         per_row=scores.shape[1] // 4,
         stride=scores.shape[1],
     )
-    sums, largest = torch.stack([statistics.sum(0), statistics.amax(0)]).tolist()
+    return partial(tally_of_fours, torch.stack([statistics.sum(0), statistics.amax(0)]))
+
+
+def tally_of_fours(totals: torch.Tensor) -> Tally:
+    """The sums of what the programs say, and the largest, float64 [2, STATISTICS], once they are there."""
+    sums, largest = totals.tolist()
     if largest[UNUSABLE.value] > 0:
         raise UnusableScoresError
     return Tally(sums[OBJECTIVE.value], sums[EXCESS.value], largest[WORST_GAP.value], 0)
@@ -123,8 +125,8 @@ def settle_queue(
     duals: torch.Tensor,
     most: int,
     variants: tuple[Variant, Variant],
-) -> Tally:
-    """Settle the blocks whose numbers are in `queue` [places] int64, and add up everything, in one copy to the host.
+) -> Pending:
+    """Settle the blocks whose numbers are in `queue` [places] int64, and add up everything, for one copy to the host.
 
     The queue may end with places where nobody waits. state, prices and objective are those of all blocks, see
     draft_kernel.py; the objectives of the queue are replaced.
@@ -137,12 +139,18 @@ def settle_queue(
     variants[0].launch(programs, **shared, prices=prices)
     variants[1].launch(programs, **shared, objective=objective, statistics=statistics, duals=duals, most=most)
     of_all = torch.stack([objective.sum(), state.amax().double()])
-    totals = torch.cat([of_all, statistics.sum(0), statistics.amax(0)]).tolist()
-    (kept, worst_state), sums, largest = totals[:2], totals[2 : 2 + COUNT], totals[2 + COUNT :]
+    totals = torch.cat([of_all, statistics.sum(0), statistics.amax(0)])
+    return partial(tally_of_queue, totals, f"{shared['n']}:{form['M']}")
+
+
+def tally_of_queue(totals: torch.Tensor, pattern: str) -> Tally:
+    """What settle_queue has added up, once it is there."""
+    kept, worst_state, *others = totals.tolist()
+    sums, largest = others[:COUNT], others[COUNT:]
     if worst_state > 1:
         raise UnusableScoresError
     if sums[settle_kernel.FAILED.value] > 0:
-        raise RuntimeError(f"no augmenting path in a {shared['n']}:{form['M']} block: please report this")
+        raise RuntimeError(f"no augmenting path in a {pattern} block: please report this")
     excess, repaired = sums[settle_kernel.EXCESS.value], sums[settle_kernel.REPAIRED.value]
     return Tally(kept, excess, largest[settle_kernel.GAP.value], int(repaired))
 
