@@ -5,7 +5,10 @@ from __future__ import annotations
 import json
 import os
 import shutil
+from contextlib import suppress
 from dataclasses import replace
+from itertools import count
+from pathlib import Path
 
 import pytest
 from crash.harness import content
@@ -26,10 +29,10 @@ def make_parts(spec, count, numbers=None):
         prune(replace(spec, part=Part(number, count)))
 
 
-@pytest.mark.parametrize("count", [1, 3, 6])  # of four shards
-def test_the_bytes_of_one_run(spec, tmp_path, count):
+@pytest.mark.parametrize("parts", [1, 3, 6])  # of four shards
+def test_the_bytes_of_one_run(spec, tmp_path, parts):
     prune(replace(spec, output=tmp_path / "whole"))
-    make_parts(spec, count)
+    make_parts(spec, parts)
     report = merge(spec.output)
     merged, whole = content(spec.output), content(tmp_path / "whole")
     facts, wanted = (json.loads(found.pop("tsenor-report.json")) for found in (merged, whole))
@@ -38,7 +41,7 @@ def test_the_bytes_of_one_run(spec, tmp_path, count):
     for key in ("objective", "upper_bound", "kept_energy", "gap"):
         assert facts["summary"].pop(key) == pytest.approx(wanted["summary"].pop(key), rel=1e-9, abs=1e-12)
     assert facts == wanted
-    assert report.processes == count
+    assert report.processes == parts
     assert list(tmp_path.glob("*part*")) == []
 
 
@@ -55,6 +58,37 @@ def test_a_merge_that_fails_leaves_the_parts(spec, tmp_path, monkeypatch, linked
     assert not spec.output.exists()
     assert {path: content(path) for path in tmp_path.glob("*part*")} == before
     merge(spec.output)
+
+
+def test_a_merge_that_is_stopped_while_parts_go_is_finished_by_the_next(spec, monkeypatch):
+    """Before everything that is removed, in turn."""
+    removed = []
+
+    def watched(remove, stop_at):
+        def run(path, *given, **options):
+            if removed or ".part-" in str(path):
+                if len(removed) == stop_at:
+                    raise KeyboardInterrupt
+                removed.append(path)
+            return remove(path, *given, **options)
+
+        return run
+
+    for step in count():
+        make_parts(spec, 2)
+        removed.clear()
+        with monkeypatch.context() as patch:
+            for where, name in ((Path, "rename"), (os, "unlink"), (os, "rmdir")):
+                patch.setattr(where, name, watched(getattr(where, name), step))
+            with suppress(KeyboardInterrupt):
+                merge(spec.output)
+                break
+        whole = content(spec.output)
+        merge(spec.output, overwrite=step == 0)  # all parts are there yet
+        assert content(spec.output) == whole
+        assert list(spec.output.parent.glob("*.part-*")) == []
+        shutil.rmtree(spec.output)
+    assert len(removed) == step > 12
 
 
 def fails(outcome, code, *words):

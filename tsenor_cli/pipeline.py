@@ -6,9 +6,8 @@ What the command line and the library call is here: `plan_prune`, `predict`, `pr
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
@@ -18,7 +17,7 @@ import torch
 
 from tsenor_cli.checkpoint.journal import Journal
 from tsenor_cli.checkpoint.maskfile import saved_masks
-from tsenor_cli.checkpoint.parts import bring_together, find_parts
+from tsenor_cli.checkpoint.parts import bring_together, find_parts, parts_beside, removal_has_begun, remove_parts
 from tsenor_cli.checkpoint.plan import Plan
 from tsenor_cli.checkpoint.reader import Checkpoint, open_checkpoint
 from tsenor_cli.checkpoint.remote import fetched
@@ -202,6 +201,8 @@ def merge(output: Path, *, overwrite: bool = False) -> Report:
         OutputUnavailable, TsenorError: as prune.
     """
     output = absolute(output)
+    if removal_has_begun(output) and (report := _merged_before(output)) is not None:
+        return report
     parts = find_parts(output)
     reports = [read_report(part) for part in parts]
     for part, other in zip(parts[1:], reports[1:], strict=True):
@@ -227,9 +228,18 @@ def merge(output: Path, *, overwrite: bool = False) -> Report:
             )
         _write_pages(report, merged, staged.directory)
         write_text(staged.directory / REPORT_FILE, report.to_json())
-    for part in parts:
-        shutil.rmtree(part)
+    remove_parts(output)
     return report
+
+
+def _merged_before(output: Path) -> Report | None:
+    """The report of an output from which only the parts have to be removed, if it is one of the same run as they."""
+    with suppress(InputRefused):
+        report = read_report(output)
+        if all(read_report(part).identity == report.identity for part in parts_beside(output)):
+            remove_parts(output)
+            return report
+    return None
 
 
 def verify(

@@ -158,16 +158,31 @@ def test_the_last_byte_of_a_large_file_counts(sparse, pristine_llama, tmp_path):
     assert failures(sparse, against=str(original)) == {"notes.bin": "this file is not the original's"}
 
 
+def rename_tensor(directory, name, other=None):
+    """In its shard and in the index; without another name it is lost."""
+    index = json.loads((directory / "model.safetensors.index.json").read_text())
+    file = index["weight_map"].pop(name)
+    tensors = load_file(directory / file)
+    tensor = tensors.pop(name)
+    if other is not None:
+        tensors[other], index["weight_map"][other] = tensor, file
+    save_file(tensors, directory / file)
+    (directory / "model.safetensors.index.json").write_text(json.dumps(index))
+
+
 def test_a_lost_tensor(sparse, pristine_llama):
-    for file, tensors in read_shards(sparse).items():
-        if NAME in tensors:
-            del tensors[NAME]
-            save_file(tensors, sparse / file)
-    index = json.loads((sparse / "model.safetensors.index.json").read_text())
-    del index["weight_map"][NAME]
-    (sparse / "model.safetensors.index.json").write_text(json.dumps(index))
+    rename_tensor(sparse, NAME)
     assert "as the report describes" in failures(sparse)[NAME]
     assert "in the original" in failures(sparse, against=str(pristine_llama))[NAME]
+
+
+def test_tensors_that_are_not_those_of_the_report(sparse):
+    """Also such as were not pruned."""
+    rename_tensor(sparse, "model.norm.weight", "model.form.weight")
+    assert failures(sparse) == {
+        "model.form.weight": "in the checkpoint, but not in the report",
+        "model.norm.weight": "in the report, but not in the checkpoint",
+    }
 
 
 def edit_mask(directory, change):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import signal
 import subprocess
@@ -119,6 +120,25 @@ def test_pipes(llama, tmp_path):
     assert (quiet.stdout, quiet.stderr) == ("{", "")
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="paths are any bytes there")
+@pytest.mark.slow
+def test_paths_that_are_no_text(llama, tmp_path):
+    """Written to reports with escapes, and to stdout as they are on disk."""
+    model = llama.rename(tmp_path / os.fsdecode(b"mod\xff"))
+    output = tmp_path / os.fsdecode(b"out\xfe")
+
+    def call(*arguments):
+        utf8 = os.environ | {"PYTHONUTF8": "1", "PYTHONIOENCODING": "utf-8:strict"}
+        return subprocess.run([*TSENOR, *arguments], capture_output=True, check=True, env=utf8).stdout
+
+    assert call("prune", model, "--nm", "2:4", "-o", output, "-q") == os.fsencode(output) + b"\n"
+    report = json.loads((output / "tsenor-report.json").read_text())
+    assert report["model"]["source"] == str(model)
+    assert b"14 tensors are 2:4" in call("verify", output, "--against", model)
+    call("report", output, "-o", tmp_path / os.fsdecode(b"table\xfd.md"))
+    assert json.loads(call("inspect", model, "--json"))
+
+
 # --- what people get wrong --------------------------------------------------------------------------------------------
 
 
@@ -229,6 +249,28 @@ def test_refused_checkpoints(tsenor, llama, tmp_path, damage, word):
 def test_no_such_checkpoint(tsenor):
     fails(tsenor("prune", "./nowhere", "--nm", "2:4"), 3, "no such directory")
     fails(tsenor("inspect", "./nowhere"), 3, "no such directory")
+    fails(tsenor("inspect", "~nobody-of-this-name/model"), 3, "no such directory")
+    fails(tsenor("prune", "~nobody-of-this-name/model", "--nm", "2:4", "--no-cache-input"), 3, "no such directory")
+
+
+HUGE = "9" * 400
+
+
+@pytest.mark.parametrize(
+    ("options", "word"),
+    [
+        (("--solver", "entropic", "--iterations", HUGE), "leave it out"),
+        (("--solver", "entropic", "--local-search", HUGE), "leave it out"),
+        (("--memory-budget", HUGE), "is not a size"),
+        (("--seed", HUGE), "not in the range"),
+    ],
+)
+def test_numbers_beyond_all_bounds(tsenor, llama, options, word):
+    fails(tsenor("prune", llama, "--nm", "2:4", *options), 2, word)
+
+
+def test_the_root_is_no_place_for_parts(tsenor, llama):
+    fails(tsenor("prune", llama, "--nm", "2:4", "-o", "/", "--shard", "1/2"), 5, "give another -o")
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")

@@ -103,7 +103,12 @@ def test_the_card_keeps_what_the_original_said(llama, tmp_path):
     assert "2:4 sparse" in card.text
 
 
-@pytest.mark.parametrize("text", ["", "# no metadata", "---\n: [\n---\nbroken", "---\n- a\n---\nlist", "\xff\xfe"])
+ODD_METADATA = ["---\ntags: [{a: 1}, [b], c]\n---\n", "---\neval_results: 5\n---\n", "---\nto_yaml: 5\n---\n"]
+
+
+@pytest.mark.parametrize(
+    "text", ["", "# no metadata", "---\n: [\n---\nbroken", "---\n- a\n---\nlist", "\xff\xfe", *ODD_METADATA]
+)
 def test_any_original_card_is_survived(llama, tmp_path, text):
     (llama / "README.md").write_text(text, encoding="latin-1")
     pruned(llama, tmp_path / "out")

@@ -21,6 +21,7 @@ from itertools import chain
 from pathlib import Path
 from typing import IO, Any, AnyStr, NamedTuple, cast
 
+from tsenor_cli.checkpoint.source import local_path
 from tsenor_cli.errors import InputRefused, UsageError
 
 _PIECE = 2**17  # bytes of a file or characters of a row; as many again to find a line end
@@ -117,7 +118,7 @@ def _opened(source: str) -> IO[bytes]:
                 "there is no standard input, or it was read before", "put the text into a file", code="bad-text-source"
             )
         return sys.stdin.buffer
-    path = Path(source).expanduser()
+    path = local_path(source)
     return cast("IO[bytes]", gzip.open(path)) if source.endswith(".gz") else path.open("rb")
 
 
@@ -181,7 +182,7 @@ def _table_rows(source: str, field: str) -> Iterator[str]:
         ) from error
     number = 0
     try:
-        with ParquetFile(Path(source).expanduser()) as table:
+        with ParquetFile(local_path(source)) as table:
             names = table.schema_arrow.names
             if field not in names:
                 raise _no_field(source, field, names)

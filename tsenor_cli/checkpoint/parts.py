@@ -4,17 +4,35 @@ from __future__ import annotations
 
 import os
 import re
+import shutil
 from collections.abc import Sequence
 from pathlib import Path
 
 from tsenor_cli.checkpoint.writer import copy_file
-from tsenor_cli.errors import InputRefused
+from tsenor_cli.errors import InputRefused, OutputUnavailable
 from tsenor_cli.specs import Part
+
+_GONE = ".{}.gone"  # the name of a part that is being removed
 
 
 def part_directory(output: Path, part: Part) -> Path:
-    """Where one part of `output` is made."""
+    """Where one part of `output` is made.
+
+    Raises:
+        OutputUnavailable: it has no name, as the root.
+    """
+    if not output.name:
+        raise OutputUnavailable(f"{output} has no name that parts could have", "give another -o")
     return output.with_name(f"{output.name}.part-{part.number}-of-{part.count}")
+
+
+def parts_beside(output: Path, form: str = "{}") -> dict[Path, int]:
+    """The directories that are named as parts of `output`, in a form of that name, and of how many."""
+    name = re.compile(
+        re.escape(form).replace(r"\{\}", re.escape(output.name) + r"\.part-([1-9][0-9]*)-of-([1-9][0-9]*)")
+    )
+    beside = {path: name.fullmatch(path.name) for path in output.parent.glob("*")}
+    return {path: int(match[2]) for path, match in beside.items() if match and path.is_dir()}
 
 
 def find_parts(output: Path) -> list[Path]:
@@ -23,9 +41,8 @@ def find_parts(output: Path) -> list[Path]:
     Raises:
         InputRefused: there are none, some are missing, or there are such of several counts.
     """
-    name = re.compile(re.escape(output.name) + r"\.part-([1-9][0-9]*)-of-([1-9][0-9]*)")
-    found = {path: match for path in output.parent.glob("*") if (match := name.fullmatch(path.name)) and path.is_dir()}
-    counts = sorted({int(match[2]) for match in found.values()})
+    found = parts_beside(output)
+    counts = sorted(set(found.values()))
     if not counts:
         raise InputRefused(
             f"there is no part of {output}", "make them with tsenor prune --shard 1/N and so on", code="missing-parts"
@@ -46,6 +63,19 @@ def find_parts(output: Path) -> list[Path]:
             code="missing-parts",
         )
     return parts
+
+
+def remove_parts(output: Path) -> None:
+    """All parts, under another name first, so that a part is whole or not there."""
+    for part in parts_beside(output):
+        part.rename(part.with_name(_GONE.format(part.name)))
+    for gone in parts_beside(output, _GONE):
+        shutil.rmtree(gone)
+
+
+def removal_has_begun(output: Path) -> bool:
+    """Whether `remove_parts` was stopped."""
+    return bool(parts_beside(output, _GONE))
 
 
 def bring_together(parts: Sequence[Path], target: Path, left_out: Sequence[str]) -> None:

@@ -28,7 +28,7 @@ from tsenor_cli.checkpoint.hub import Repository, find_repository
 from tsenor_cli.checkpoint.plan import TensorPlan
 from tsenor_cli.checkpoint.reader import INDEX_FILE, NEVER_COPIED, SINGLE_FILE, Checkpoint, open_checkpoint, weight_map
 from tsenor_cli.checkpoint.shard import Shard
-from tsenor_cli.checkpoint.source import hub_id, is_offline, is_other_format
+from tsenor_cli.checkpoint.source import hub_id, is_offline, is_other_format, local_path
 from tsenor_cli.errors import InputRefused, TsenorError, UsageError
 from tsenor_cli.overlap import ahead
 
@@ -199,7 +199,7 @@ class _Incoming:
 
 
 def _hub_id(model: str) -> tuple[str, str | None]:
-    if model and Path(model).expanduser().is_dir():
+    if model and local_path(model).is_dir():
         raise UsageError(
             f"--no-cache-input is for models of the hub, and {model} is a directory: nothing of it is kept anywhere",
             "leave it out",

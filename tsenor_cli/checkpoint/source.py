@@ -50,13 +50,18 @@ def resolve_checkpoint(model: str) -> tuple[Path, str | None]:
     Raises:
         InputRefused: no such directory and no such repository, or the hub cannot be reached.
     """
-    path = Path(model).expanduser()
+    path = local_path(model)
     if model and path.is_dir():
         return path, _cached_revision(path)
     if model and path.exists():
         raise InputRefused(f"{model} is a file", "give the checkpoint's directory", code="no-checkpoint")
     local = _download(*hub_id(model))
     return local, _cached_revision(local)
+
+
+def local_path(given: str) -> Path:
+    """With ~ and ~user in the place of a home; a user that nobody knows stays as given, as in a shell."""
+    return Path(os.path.expanduser(given))  # noqa: PTH111  (Path.expanduser raises for such a user)
 
 
 def hub_id(model: str) -> tuple[str, str | None]:

@@ -3,8 +3,8 @@
 Per pruned tensor: no group of M along the input axis (and, transposable, along the output axis) has more than N
 nonzeros, no zero is negative, every value is finite. A kept weight may be zero in the original, so fewer than N is
 allowed; `exact` says whether every group has N.
-Every tensor has the hash that the report names, unless a pattern was given in the report's stead. So has every
-mask that it names, which keeps exactly N of each group, and every weight that is not zero.
+Unless a pattern was given in the report's stead, there are just the tensors that the report names, with the hashes that
+it names. So has every mask that it names, which keeps exactly N of each group, and every weight that is not zero.
 Against the original: every tensor that was not pruned is bit-identical, and so is every other file; for methods that
 only mask, every weight that is not zero is the original's. What was fine-tuned has the original's shapes and dtypes.
 """
@@ -18,6 +18,7 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from tsenor_cli.checkpoint.jsonfile import read_object
@@ -129,6 +130,12 @@ def verify_checkpoint(
         Failure(name, "its bytes are not those that the report was written for")
         for name, tensor in checkpoint.tensors.items()
         if name in claim.hashes and name not in failed and (hashes.get(name) or _sha256(tensor)) != claim.hashes[name]
+    )
+    places = {True: ("report", "checkpoint"), False: ("checkpoint", "report")}
+    result.failures += (
+        Failure(name, "in the {}, but not in the {}".format(*places[name in claim.hashes]))
+        for name in sorted(claim.hashes.keys() ^ checkpoint.tensors.keys() if claim.hashes else ())
+        if name not in failed
     )
     result.failures += (
         Failure(name, "its mask is not the one that the report was written for")
@@ -324,7 +331,7 @@ def _differences(
             digest, same = hashlib.sha256(), True
             for chunk, wanted in zip(copy.chunks(), tensor.chunks(), strict=True):  # of one dtype and shape
                 digest.update(chunk)
-                same = same and chunk == wanted
+                same = same and _equal(chunk, wanted)
             hashes[name] = digest.hexdigest()
             if not same:
                 yield Failure(name, "not pruned, but not bit-identical to the original")
@@ -334,6 +341,11 @@ def _differences(
     for path in set(original.other_files) - WRITTEN_ANEW:
         if not _same_bytes(checkpoint.directory / path, original.directory / path):
             yield Failure(str(path), "this file is not the original's")
+
+
+def _equal(chunk: bytearray | memoryview, other: bytearray | memoryview) -> bool:
+    """Of one length. Python compares two memoryviews one number at a time."""
+    return np.array_equal(np.frombuffer(chunk, np.uint8), np.frombuffer(other, np.uint8))
 
 
 def _same_bytes(copy: Path, original: Path) -> bool:

@@ -179,9 +179,9 @@ def copy_file(source: Path, target: Path) -> None:
 
 
 def write_text(target: Path, text: str) -> None:
-    """Write a UTF-8 file, synced to disk."""
+    """Write a UTF-8 file, synced to disk. Paths may hold bytes that are none: they are escaped, as JSON does."""
     with target.open("wb") as writer:
-        writer.write(text.encode())
+        writer.write(text.encode(errors="backslashreplace"))
         _sync(writer)
 
 

@@ -11,7 +11,7 @@ import click
 
 from tsenor_cli.bench import CONTENDERS, SCORES
 from tsenor_cli.cli import console
-from tsenor_cli.cli.options import DIRECTORY, FiniteRange, device_option, quiet_option, verbose_option
+from tsenor_cli.cli.options import DIRECTORY, SEED, FiniteRange, device_option, quiet_option, verbose_option
 from tsenor_cli.specs import NMPattern, PruneSpec
 
 if TYPE_CHECKING:
@@ -44,7 +44,7 @@ def bench() -> None:
 )
 @click.option("--budget", type=FiniteRange(0.01), default=2.0, show_default=True, help="Seconds for each baseline.")
 @click.option("--judged", type=click.IntRange(1), default=200, show_default=True, help="Blocks judged independently.")
-@click.option("--seed", type=int, default=0, show_default=True, help="Of the random scores.")
+@click.option("--seed", type=SEED, default=0, show_default=True, help="Of the random scores.")
 @click.option(
     "--plot", type=click.Path(path_type=Path, dir_okay=False), help="Draw speed against gap: .png, .svg, .pdf."
 )
@@ -107,7 +107,7 @@ def masks(
 )
 @device_option
 @click.option("--repeat", type=click.IntRange(1), default=20, show_default=True, help="Rounds; the median counts.")
-@click.option("--seed", type=int, default=0, show_default=True, help="Of the random weights and inputs.")
+@click.option("--seed", type=SEED, default=0, show_default=True, help="Of the random weights and inputs.")
 @quiet_option
 @verbose_option
 def training(

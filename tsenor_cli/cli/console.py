@@ -12,6 +12,7 @@ import sys
 import time
 from collections.abc import Iterator, Sequence
 from datetime import UTC, datetime
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -22,7 +23,7 @@ from tsenor_cli.report.words import size
 
 if TYPE_CHECKING:
     from tsenor_cli.checkpoint.plan import Plan
-    from tsenor_cli.report.records import TensorRecord
+    from tsenor_cli.report.records import Report, TensorRecord
 
 _BAR = "{desc}{percentage:3.0f}% {bar:8} {n_fmt}{unit}/{total_fmt}{unit}, {rate_fmt}, {remaining} left{postfix}"
 _REFRESH_S = 0.2  # of what is costly to find out
@@ -84,8 +85,25 @@ def quiet_libraries(*, verbose: bool) -> None:
 
 
 def emit(result: dict[str, Any] | str) -> None:
-    """The command's result on stdout: a JSON object, or one line."""
-    click.echo(result if isinstance(result, str) else as_json(result), nl=isinstance(result, str))
+    """The command's result on stdout: a JSON object, or lines; bytes of a path in them that are no text are escaped."""
+    if isinstance(result, str):
+        click.echo(result.encode(errors="backslashreplace").decode())
+    else:
+        click.echo(as_json(result), nl=False)
+
+
+def emit_path(path: Path) -> None:
+    """A path as the result, on stdout, in the very bytes that it has on disk."""
+    click.echo(str(path) if sys.platform == "win32" else os.fsencode(path))
+
+
+def finished(output: Path, report: Report, *, in_full: bool) -> None:
+    """What a command has made: an event, and on stdout where it is, or all that is to be said of it."""
+    event("finished", output=str(output), seconds=report.summary.seconds)
+    if in_full:
+        emit({"output": str(output), **report.to_dict()})
+    else:
+        emit_path(output)
 
 
 def as_json(result: dict[str, Any]) -> str:

@@ -10,6 +10,7 @@ import click
 from tsenor_cli.cli import console
 from tsenor_cli.cli.options import (
     DIRECTORY,
+    SEED,
     TEXT,
     FiniteRange,
     device_option,
@@ -71,9 +72,7 @@ if TYPE_CHECKING:
 @click.option(
     "--checkpoint-activations", is_flag=True, help="Compute activations twice, to keep fewer of them in memory."
 )
-@click.option(
-    "--seed", type=click.IntRange(0), default=0, show_default=True, help="Which windows are taken, and their order."
-)
+@click.option("--seed", type=SEED, default=0, show_default=True, help="Which windows are taken, and their order.")
 @click.option(
     "--save-every",
     type=click.IntRange(1),
@@ -127,8 +126,7 @@ def finetune(
             bar.close()
         if not quiet:
             _show(report, spec.output)
-    console.event("finished", output=str(spec.output), seconds=report.summary.seconds)
-    console.emit({"output": str(spec.output), **report.to_dict()} if as_json else str(spec.output))
+    console.finished(spec.output, report, in_full=as_json)
     fail_if(conditions, report, str(spec.output))
 
 

@@ -31,6 +31,5 @@ def merge(output: Path, overwrite: bool, conditions: tuple[Condition, ...], as_j
         from tsenor_cli import pipeline
 
         report = pipeline.merge(output, overwrite=overwrite)
-    console.event("finished", output=str(output), seconds=report.summary.seconds)
-    console.emit({"output": str(output), **report.to_dict()} if as_json else str(output))
+    console.finished(output, report, in_full=as_json)
     fail_if(conditions, report, str(output))

@@ -31,7 +31,7 @@ class Size(click.ParamType[int]):
         if isinstance(value, int):
             return value
         match = re.fullmatch(r"([0-9]+(?:\.[0-9]+)?) *([KMGT]?(?:i?B)?)", value)
-        if match is None or match[2] not in _UNITS or not float(match[1]):
+        if match is None or match[2] not in _UNITS or not 0 < float(match[1]) < math.inf:
             self.fail(f"{value!r} is not a size; give one such as 500M or 8GiB", param, ctx)
         return int(float(match[1]) * _UNITS[match[2]])
 
@@ -104,6 +104,7 @@ class ClusterType(click.ParamType[Cluster]):
 
 
 DIRECTORY, TEXT = Directory(), Text()
+SEED = click.IntRange(0, 2**32 - 1)  # what NumPy and torch take
 
 
 def fail_if_option(command: Command) -> Command:

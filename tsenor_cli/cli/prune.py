@@ -11,6 +11,7 @@ from tsenor_cli.cli import console
 from tsenor_cli.cli.dry_run import plan_json, show_plan
 from tsenor_cli.cli.options import (
     DIRECTORY,
+    SEED,
     TEXT,
     ClusterType,
     FiniteRange,
@@ -87,9 +88,7 @@ if TYPE_CHECKING:
     "--samples", type=click.IntRange(1), default=128, show_default=True, help="Windows of text to calibrate with."
 )
 @sequence_length_option
-@click.option(
-    "--seed", type=click.IntRange(0), default=0, show_default=True, help="Which windows of the text are taken."
-)
+@click.option("--seed", type=SEED, default=0, show_default=True, help="Which windows of the text are taken.")
 @click.option("--no-update", is_flag=True, help="sparsegpt, alps: take the mask only, leave kept weights as they are.")
 @click.option(
     "--damping",
@@ -255,8 +254,7 @@ def prune(
     if dry_run:
         console.emit(plan_json(plan, prediction)) if as_json else show_plan(plan, prediction)
     else:
-        console.event("finished", output=str(made), seconds=report.summary.seconds)
-        console.emit({"output": str(made), **report.to_dict()} if as_json else str(made))
+        console.finished(made, report, in_full=as_json)
         fail_if(conditions, report, str(made))
 
 

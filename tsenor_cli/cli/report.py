@@ -78,7 +78,7 @@ def report(
         click.echo(text, nl=False, color=True)  # a table has what the terminal can show
     else:
         _write(output, text)
-        console.emit(str(output))
+        console.emit_path(output)
     for run in runs:
         fail_if(conditions, run.report, run.name)
 
@@ -115,7 +115,7 @@ def _write(path: Path, text: str) -> None:
     """Nobody ever sees half a file."""
     beside = path.with_name(f".{path.name}.tmp")
     try:
-        beside.write_text(text, encoding="utf-8")
+        beside.write_text(text, encoding="utf-8", errors="backslashreplace")
         os.replace(beside, path)  # noqa: PTH105  (like its neighbours)
     finally:
         beside.unlink(missing_ok=True)

@@ -12,6 +12,8 @@ from tsenor_cli.errors import UsageError
 from tsenor_cli.kernels.contract import Tally
 from tsenor_cli.specs import SOLVERS, NMPattern
 
+_MOST = 2**31 - 1  # of a count that a kernel takes
+
 
 @dataclass(frozen=True)
 class Request:
@@ -53,6 +55,8 @@ class Request:
         return self.name == "exact"
 
     def _check_entropic(self) -> None:
+        if too_many := [number for number in (self.iterations, self.local_search) if number and number > _MOST]:
+            raise UsageError(f"{too_many[0]} is more than any block can take", "leave it out for as many as are needed")
         if self.tau is not None and not 0 < self.tau < math.inf:
             raise UsageError(
                 f"tau is {self.tau:g}", "give a positive number such as 200, or none: it is found for each block"

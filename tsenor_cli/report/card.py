@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
+from collections.abc import Hashable
 from pathlib import Path
 from typing import cast
 
@@ -129,6 +130,9 @@ def _original_card(path: Path) -> tuple[ModelCardData, str]:
     text = path.read_text(encoding="utf-8", errors="replace")
     try:
         card = ModelCard(text, ignore_metadata_errors=True)
+        metadata = cast("ModelCardData", card.data)
+        metadata.tags = [tag for tag in metadata.tags or [] if isinstance(tag, Hashable)]
+        metadata.to_yaml()  # which a key may be in the way of
     except Exception:  # noqa: BLE001  (any YAML at all may stand there)
         return ModelCardData(), re.sub(r"\A---.*?\n---\n", "", text, flags=re.DOTALL)
-    return cast("ModelCardData", card.data), card.text.strip()
+    return metadata, card.text.strip()
