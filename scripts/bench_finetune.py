@@ -1,6 +1,6 @@
 """What fine-tuning with masks kept gives back on the demo model, transposable and standard, at equal steps.
 
-    .venv/bin/python scripts/bench_finetune.py [--steps 200] [--learning-rate 1e-4] [--nm 2:4] [--method alps …]
+    .venv/bin/python scripts/bench_finetune.py [--steps 200] [--learning-rate 1e-3] [--nm 2:4] [--method alps …]
 
 The dense model is trained in the same way beside them: what it gains is no merit of fine-tuning a sparse one. Prints a
 table in Markdown: perplexity on held-out text when pruned, after training, and this beside that of the dense model
@@ -36,7 +36,7 @@ ROOT = Path(__file__).parent.parent
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--steps", type=int, default=200)
-    parser.add_argument("--learning-rate", type=float, default=1e-4)
+    parser.add_argument("--learning-rate", type=float, default=1e-3)
     parser.add_argument("--nm", default="2:4")
     parser.add_argument("--method", action="append", help="default: magnitude and alps")
     args = parser.parse_args()
