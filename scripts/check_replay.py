@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """Check for every causal language model of the installed transformers that replaying it layer by layer is exact.
 
-    scripts/check_replay.py [TYPE ...] [--at-least 120] [--jobs 2]
+    scripts/check_replay.py [TYPE ...] [--dtype bfloat16] [--at-least 120] [--jobs 2]
 
 Each type gets a tiny config with random weights, is written to disk in shards, and is run twice: whole, by
 `from_pretrained`, and with one decoder layer in memory at a time, each layer run twice as calibration does. The logits
@@ -112,6 +112,7 @@ SPECIAL: dict[str, dict[str, Any]] = {
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("types", nargs="*", metavar="TYPE", help="model types [all causal language models]")
+    parser.add_argument("--dtype", default="float32", help="of the weights [float32]")
     parser.add_argument("--at-least", type=int, default=120, metavar="COUNT", help="how many must be equal [120]")
     parser.add_argument("--jobs", type=int, default=2, metavar="COUNT", help="types at a time [2]")
     args = parser.parse_args()
@@ -120,7 +121,9 @@ def main() -> None:
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["transformers", "transformers.modeling_utils"])
     with ThreadPoolExecutor(args.jobs) as pool:
-        for finished in as_completed(pool.submit(in_a_process, kind, context) for kind in types):
+        for finished in as_completed(
+            pool.submit(in_a_process, kind, getattr(torch, args.dtype), context) for kind in types
+        ):
             kind, verdict, why = finished.result()
             counts[verdict] += 1
             print(f"{kind:28} {verdict}{f' ({why})' if why else ''}", flush=True)
@@ -131,10 +134,10 @@ def main() -> None:
         sys.exit(f"fewer than {args.at_least} are equal")
 
 
-def in_a_process(kind: str, context: Any) -> tuple[str, str, str]:  # noqa: ANN401  (a private class)
+def in_a_process(kind: str, dtype: torch.dtype, context: Any) -> tuple[str, str, str]:  # noqa: ANN401  (a private class)
     """Check one type where a crash or an endless loop harms no other: type, verdict, why."""
     receiver, sender = context.Pipe(duplex=False)
-    process = context.Process(target=check, args=(kind, sender))
+    process = context.Process(target=check, args=(kind, dtype, sender))
     process.start()
     sender.close()
     try:
@@ -147,7 +150,7 @@ def in_a_process(kind: str, context: Any) -> tuple[str, str, str]:  # noqa: ANN4
     return kind, verdict, why
 
 
-def check(kind: str, answer: Connection) -> None:
+def check(kind: str, dtype: torch.dtype, answer: Connection) -> None:
     """Send what became of one type: verdict, why."""
     warnings.simplefilter("ignore")
     transformers.logging.set_verbosity_error()  # type: ignore[no-untyped-call]
@@ -155,7 +158,7 @@ def check(kind: str, answer: Connection) -> None:
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as directory:
         try:
-            write_tiny(kind, Path(directory))
+            write_tiny(kind, dtype, Path(directory))
             expected = whole(kind, Path(directory))
         except Exception as error:  # noqa: BLE001  (whatever transformers has against our config)
             answer.send(("not built", brief(error)))
@@ -177,7 +180,7 @@ def batches() -> list[torch.Tensor]:
     return [torch.randint(5, VOCAB, (sequences, LENGTH), generator=generator) for sequences in (2, 1)]
 
 
-def write_tiny(kind: str, directory: Path) -> None:
+def write_tiny(kind: str, dtype: torch.dtype, directory: Path) -> None:
     """Write the checkpoint of a shrunken model with random weights, in a few shards."""
     config = shrink(CONFIG_MAPPING[kind], SPECIAL.get(kind, {}))
     model_class = getattr(transformers, MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[kind])
@@ -192,7 +195,7 @@ def write_tiny(kind: str, directory: Path) -> None:
     with torch.no_grad():
         for parameter in model.parameters():  # a fresh model has norms of ones and biases of zeros, which hide mistakes
             parameter.add_(torch.randn_like(parameter), alpha=0.02)
-    model.save_pretrained(directory, max_shard_size=parameters * 4 // 3)
+    model.to(dtype).save_pretrained(directory, max_shard_size=parameters * dtype.itemsize // 3)
 
 
 def shrink(config_class: type[PretrainedConfig], special: Mapping[str, Any]) -> PretrainedConfig:
@@ -236,6 +239,7 @@ def whole(kind: str, directory: Path) -> list[torch.Tensor]:
         # freshly allocated, hence aligned alike: matrix products may differ in the last bit with the alignment
         parameter.data = parameter.data.clone()
     model.eval()  # type: ignore[no-untyped-call]
+    model.config.use_cache = False  # some round what they keep
     logits = [model(input_ids=tokens).logits for tokens in batches()]
     if not all(found.isfinite().all() for found in logits):
         raise ValueError("the logits are not finite")

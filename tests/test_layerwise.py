@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import random
+import weakref
 from pathlib import Path
 
 import pytest
@@ -13,6 +14,7 @@ import transformers
 from checkpoints import add_tokenizer, load_whole, make_checkpoint, read_shards
 from torch import nn
 
+from tsenor_cli.calibration.statistics import Collector
 from tsenor_cli.device import CPU, computed_in
 from tsenor_cli.errors import InputRefused, UsageError
 from tsenor_cli.pipeline import plan_prune, prune, verify
@@ -270,16 +272,40 @@ def test_a_broken_tokenizer_is_named(text, tmp_path):
         prune(spec(source, tmp_path / "out", text, "wanda"))
 
 
-def test_inputs_that_overflow_are_named(models, text, tmp_path):
+@pytest.mark.parametrize("name", ["model.embed_tokens.weight", "model.layers.0.self_attn.o_proj.weight"])
+def test_weights_that_are_not_finite_are_named(name, models, text, tmp_path):
+    """And not the text, though it is inputs that show it."""
     from checkpoints import write_checkpoint
 
     source = models("llama")
     shards = read_shards(source)
     for shard in shards.values():
-        if "model.embed_tokens.weight" in shard:
-            shard["model.embed_tokens.weight"][:] = float("nan")
+        if name in shard:
+            shard[name][:, 1:3] = float("nan")
     config = json.loads((source / "config.json").read_text())
     broken = add_tokenizer(write_checkpoint(tmp_path / "broken", shards, config))
-    with pytest.raises(InputRefused, match=r"layers\.0.*: the inputs seen in calibration") as caught:
+    with pytest.raises(InputRefused, match=rf"{name} has NaN or infinite weights, and so have the inputs of") as caught:
         prune(spec(broken, tmp_path / "out", text, "wanda"))
+    assert caught.value.code == "nonfinite-weights"
+
+
+def test_inputs_that_overflow_are_named(models, text, tmp_path, monkeypatch):
+    monkeypatch.setattr("tsenor_cli.pruners.base.is_finite", lambda _: False)
+    with pytest.raises(InputRefused, match=r"layers\.0.*: the inputs seen in calibration") as caught:
+        prune(spec(models("llama"), tmp_path / "out", text, "sparsegpt"))
     assert caught.value.code == "nonfinite-inputs"
+
+
+def test_what_was_seen_of_a_layer_is_gone_before_the_next(models, text, tmp_path, monkeypatch):
+    """Gram matrices, and all that was computed of them."""
+    seen, results = [], Collector.results
+
+    def watched(collector, owners=None):
+        assert not any(stats() for stats in seen)
+        found = results(collector, owners)
+        seen.extend(map(weakref.ref, found.values()))
+        return found
+
+    monkeypatch.setattr(Collector, "results", watched)
+    prune(spec(models("llama"), tmp_path / "out", text, "sparsegpt"))
+    assert len(seen) > 7

@@ -36,7 +36,7 @@ from tsenor_cli.pruners.magnitude import Magnitude
 from tsenor_cli.report.build import Tally
 from tsenor_cli.report.records import TensorRecord
 from tsenor_cli.specs import NMPattern
-from tsenor_cli.streaming import check_finite
+from tsenor_cli.streaming import check_finite, is_finite
 
 
 class _Unit(NamedTuple):
@@ -135,6 +135,7 @@ class Layerwise:
                     replaced[item.tensor.name] = pruned
                     if record is not None:
                         yield record
+                del owners, stats  # before the next layer's: Gram matrices are large
                 if index < last:
                     replay.advance(index, skeleton.load_layer(index, replaced))
                     skeleton.drop_layer(index)
@@ -193,7 +194,7 @@ class Layerwise:
             yield item, *self._put_together(item, parts)
 
     def _prune(self, units: list[_Unit], stats: dict[Site, InputStats]) -> Iterator[_Pruned]:
-        """Prune matrices, and drop statistics that no later one of them needs."""
+        """Prune matrices, and take statistics out of `stats` that no later one of them needs."""
         last = {id(stats[unit.site]): unit for unit in units if unit.site in stats}
         for item, group in groupby(units, key=attrgetter("item")):
             _return_freed_memory()
@@ -209,7 +210,8 @@ class Layerwise:
                 saved = self._shards.mask_of(item.tensor) is not None
                 mask = pack_mask(layer.solution.mask).to(CPU) if saved else None
                 yield _Pruned(unit, layer.weight.to(CPU), mask, tally)
-                stats = {site: found for site, found in stats.items() if last.get(id(found)) != unit}
+                for site in [site for site, found in stats.items() if last.get(id(found)) == unit]:
+                    del stats[site]
 
     def _exchanged(self, own: list[_Pruned], units: list[_Unit], owners: Mapping[_Unit, int]) -> Iterator[_Pruned]:
         """What all processes have pruned, in the order of `units`."""
@@ -270,7 +272,20 @@ class Layerwise:
         try:
             return pruner.prune(weight, solver, seen), None
         except TsenorError as error:
+            if error.code == "nonfinite-inputs":
+                self._blame_weights(item)
             raise type(error)(f"{item.tensor.name}: {error.message}", error.remedy, code=error.code) from error
+
+    def _blame_weights(self, item: TensorPlan) -> None:
+        """Refuse the first tensor that has NaN or infinite weights, of those that the inputs of `item` come from."""
+        for other in self._plan.tensors:
+            before = other.layer is None or (item.layer is not None and other.layer <= item.layer)
+            if before and other.tensor.torch_dtype.is_floating_point and not is_finite(other.tensor.read().float()):
+                raise InputRefused(
+                    f"{other.tensor.name} has NaN or infinite weights, and so have the inputs of {item.tensor.name}",
+                    "fetch the checkpoint again, or use --method magnitude with --allow-nonfinite",
+                    code="nonfinite-weights",
+                )
 
     def _pruner(self, item: TensorPlan) -> Pruner:
         assert item.choice is not None

@@ -181,7 +181,7 @@ def _streams(device: torch.device) -> list[torch.cuda.Stream]:
 
 def check_finite(item: TensorPlan, weight: torch.Tensor) -> None:
     """Refuse NaN and infinity, which cannot be ranked."""
-    if not _is_finite(weight):
+    if not is_finite(weight):
         raise InputRefused(
             f"{item.tensor.name} has NaN or infinite weights",
             "fetch the checkpoint again, or copy such tensors as they are with --allow-nonfinite",
@@ -200,10 +200,11 @@ def _kept_if_nonfinite(item: TensorPlan) -> TensorPlan:
     assert item.layout is not None
     assert item.choice is not None
     parts = bands(item.tensor, item.layout, item.choice.pattern.m)
-    if all(_is_finite(item.tensor.read(first, last)) for first, last in parts):
+    if all(is_finite(item.tensor.read(first, last)) for first, last in parts):
         return item
     return replace(item, reason="it has NaN or infinite weights")
 
 
-def _is_finite(weight: torch.Tensor) -> bool:
+def is_finite(weight: torch.Tensor) -> bool:
+    """Whether no weight is NaN or infinite."""
     return all(map(math.isfinite, torch.stack(torch.aminmax(weight)).tolist()))  # NaN travels through min and max

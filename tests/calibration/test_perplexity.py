@@ -7,8 +7,9 @@ import math
 
 import pytest
 import torch
-from checkpoints import add_tokenizer, load_whole, make_checkpoint, read_shards, write_checkpoint
+from checkpoints import VOCAB, add_tokenizer, load_whole, make_checkpoint, read_shards, write_checkpoint
 
+from tsenor_cli.calibration.activations import Activations
 from tsenor_cli.calibration.perplexity import measure_perplexity
 from tsenor_cli.calibration.tokens import TextTokens
 from tsenor_cli.checkpoint.reader import open_checkpoint
@@ -38,21 +39,60 @@ def test_it_is_that_of_the_whole_model(architecture, tmp_path):
     assert found.dtype == str(model.dtype).removeprefix("torch.")
 
 
-def test_the_memory_budget_changes_no_bit(tmp_path):
-    directory, tokens = make_checkpoint("llama", tmp_path / "model"), windows(9, 64)  # the hidden states do not fit
-    assert measure(directory, tokens).mean_loss == measure(directory, tokens, memory_budget=150_000).mean_loss
+@pytest.fixture
+def spilled(monkeypatch):
+    """Whether hidden states went to disk, run by run."""
+    seen = []
+
+    def watched(directory):
+        seen.append(directory is not None)
+        return Activations(directory)
+
+    monkeypatch.setattr("tsenor_cli.calibration.replay.Activations", watched)
+    return seen
 
 
-def test_a_loss_that_is_not_finite_is_an_error(tmp_path):
+def test_the_memory_budget_changes_no_bit(spilled, tmp_path):
+    directory, tokens = make_checkpoint("llama", tmp_path / "model"), windows(64, 64)  # the hidden states do not fit
+    assert measure(directory, tokens).mean_loss == measure(directory, tokens, memory_budget=800_000).mean_loss
+    assert spilled == [False, True]
+
+
+@pytest.mark.parametrize(("scale", "loss"), [(math.inf, "nan"), (1e5, r"[1-9]\d\d\d")])
+def test_a_loss_without_a_perplexity_is_an_error(scale, loss, tmp_path):
     directory = make_checkpoint("llama", tmp_path / "model")
     shards = read_shards(directory)
     for shard in shards.values():
         if "model.norm.weight" in shard:
-            shard["model.norm.weight"][:] = float("inf")
+            shard["model.norm.weight"][:] = scale
     write_checkpoint(tmp_path / "broken", shards, json.loads((directory / "config.json").read_text()))
-    with pytest.raises(TsenorError, match="loss is not finite") as caught:
+    with pytest.raises(TsenorError, match=f"the loss is {loss}") as caught:
         measure(tmp_path / "broken", windows(2, 8))
-    assert caught.value.exit_code == 1
+    assert (caught.value.exit_code, caught.value.code) == (1, "overflow")
+
+
+def test_states_that_become_wider(spilled, tmp_path):
+    """The layers of Mamba give float32 for bfloat16."""
+    make_checkpoint("mamba2", tmp_path / "wide")
+    shards = {
+        file: {name: tensor.bfloat16() for name, tensor in shard.items()}
+        for file, shard in read_shards(tmp_path / "wide").items()
+    }
+    config = json.loads((tmp_path / "wide" / "config.json").read_text()) | {"dtype": "bfloat16"}
+    directory, tokens = write_checkpoint(tmp_path / "model", shards, config), windows(64, 32)
+    with torch.no_grad():
+        logits = load_whole(directory)(input_ids=tokens, use_cache=False).logits[:, :-1].double()
+    loss = -logits.log_softmax(-1).gather(-1, tokens[:, 1:, None]).mean()
+    for budget in (None, 700_000):
+        assert measure(directory, tokens, memory_budget=budget).mean_loss == pytest.approx(loss.item(), rel=1e-3)
+    assert spilled == [False, True]
+
+
+def test_logits_count_against_the_budget(tmp_path):
+    directory, tokens = make_checkpoint("llama", tmp_path / "model"), windows(9, 64)
+    logits = 9 * 64 * VOCAB * 2
+    with pytest.raises(UsageError, match="at least"):
+        measure(directory, tokens, memory_budget=logits)
 
 
 def test_an_encoder_has_none(tmp_path):

@@ -120,6 +120,20 @@ def test_what_is_let_go_is_free():
     assert net.first.weight.count_nonzero() == net.first.weight.numel()
 
 
+def test_what_is_let_go_can_still_be_looked_at():
+    """And nothing is held again by that."""
+    net, masks = masked()
+    keeper = keep_masks(net, masks)
+    keeper.remove()
+    keeper.check()
+    net.first.weight.data[~masks["first.weight"]] = 1
+    with pytest.raises(CheckFailed, match="256 weights"):
+        keeper.check()
+    keeper.apply()
+    keeper.check()
+    assert not net.first.weight._post_accumulate_grad_hooks
+
+
 def test_frozen_weights_that_thaw():
     net, masks = masked()
     net.requires_grad_(False)

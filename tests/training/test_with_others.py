@@ -14,7 +14,7 @@ from checkpoints import make_checkpoint
 from nets import OPTIMIZERS, PATTERN, STEPS
 from torch import nn
 
-from tsenor_cli.errors import InputRefused
+from tsenor_cli.errors import InputRefused, UsageError
 from tsenor_cli.pipeline import prune, verify
 from tsenor_cli.specs import PruneSpec
 from tsenor_cli.training import KeepMasks, mask_adapters, merge_lora, model_masks
@@ -163,10 +163,40 @@ def test_adapters_of_weights_that_lie_the_other_way_round():
     assert merged.lost == 0.0
 
 
+@torch.no_grad()
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")
+def test_adapters_of_experts(tmp_path):
+    """Several parameters of one module, which peft wraps once for each."""
+    from peft import LoraConfig, get_peft_model
+
+    prune(PruneSpec(str(make_checkpoint("mixtral", tmp_path / "dense")), tmp_path / "sparse", PATTERN))
+    model, experts = load(tmp_path / "sparse", dtype=torch.float32), ["gate_up_proj", "down_proj"]
+    masks = model_masks(model, tmp_path / "sparse")
+    config = LoraConfig(r=4, target_modules=["q_proj"], target_parameters=[f"mlp.experts.{name}" for name in experts])
+    plain, merged = merge_lora(get_peft_model(model, config), tmp_path / "sparse")
+    assert sorted(weight.name for weight in merged) == sorted(
+        name for name in masks if "q_proj" in name or name.endswith(tuple(experts))
+    )
+    for name, parameter in plain.named_parameters():
+        assert name not in masks or not parameter[~masks[name]].any()
+
+
 @pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")
 def test_adapters_of_other_kinds_are_refused(sparse):
     from peft import LoraConfig, get_peft_model
 
+    with pytest.raises(UsageError, match="no adapters"):
+        merge_lora(load(sparse), sparse)
+    model = get_peft_model(load(sparse), LoraConfig(r=4, target_modules=["q_proj"]))
+    name = "model.layers.0.self_attn.q_proj.weight"
+    for masks in ({f"base_model.model.{name}": torch.ones(64, 64)}, {name: torch.ones(2, 2)}):
+        with pytest.raises(InputRefused, match=r"needs such a parameter"):
+            mask_adapters(model, masks)
+    mask_adapters(model, sparse)
+    model.add_adapter("later", LoraConfig(r=4, target_modules=["q_proj"], use_dora=True))
+    model.set_adapter("later")
+    with pytest.raises(InputRefused, match="later is no plain LoRA"):
+        model(input_ids=rows())
     model = get_peft_model(load(sparse), LoraConfig(r=4, target_modules=["q_proj"], use_dora=True))
     with pytest.raises(InputRefused, match=r"the adapter of .*q_proj\.weight is no plain LoRA"):
         mask_adapters(model, sparse)

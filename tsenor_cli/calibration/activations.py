@@ -29,8 +29,7 @@ class Activations:
     def append(self, states: torch.Tensor) -> None:
         """Add the next batch."""
         self._starts.append(self._end)
-        self._end += states.nbytes
-        self._held.append(states.to("meta"))
+        self._held.append(states.new_empty(0))
         self[len(self) - 1] = states
 
     def __getitem__(self, batch: int) -> torch.Tensor:
@@ -42,12 +41,13 @@ class Activations:
         return states
 
     def __setitem__(self, batch: int, states: torch.Tensor) -> None:
-        held = self._held[batch]
-        assert (states.shape, states.dtype) == (held.shape, held.dtype), "a decoder layer keeps shape and dtype"
         if self._file is None:
             self._held[batch] = states
-        else:
-            self._transfer(states.contiguous(), batch, self._file.write)
+            return
+        if states.nbytes > self._held[batch].nbytes:  # of no batch yet; or wider than before, as the states of Mamba
+            self._starts[batch], self._end = self._end, self._end + states.nbytes
+        self._held[batch] = states.to("meta")
+        self._transfer(states.contiguous(), batch, self._file.write)
 
     def close(self) -> None:
         """Give back what they take on disk; nothing can be read any more."""

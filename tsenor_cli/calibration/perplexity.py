@@ -7,6 +7,7 @@ the one before, and its first token is context only.
 from __future__ import annotations
 
 import math
+import sys
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,6 +28,8 @@ if TYPE_CHECKING:
     from tsenor_cli.checkpoint.reader import Checkpoint
 
 _CHUNK = 256  # tokens whose logits are in float32 at a time
+_FLOAT_BYTES = 2 * 4  # of a logit then: itself, and its log-probability
+_LARGEST_LOSS = math.log(sys.float_info.max)  # of which there is a perplexity
 
 
 @dataclass(frozen=True)
@@ -65,8 +68,24 @@ def measure_perplexity(
     Raises:
         InputRefused: not a causal language model, or one that cannot be run layer by layer.
         UsageError: the memory budget is too small, even with the hidden states on disk.
-        TsenorError: the loss is not finite.
+        TsenorError: the loss is not finite, or beyond all bounds.
     """
+    try:
+        return _measure(checkpoint, tokens, observer, memory_budget, device, team or Team())
+    except InputRefused as error:
+        if error.code != "layerwise-unsupported":
+            raise
+        raise InputRefused(error.message, "leave its perplexity out, or take another model", code=error.code) from error
+
+
+def _measure(
+    checkpoint: Checkpoint,
+    tokens: TextTokens,
+    observer: Observer,
+    memory_budget: int | None,
+    device: torch.device,
+    team: Team,
+) -> Perplexity:
     from tsenor_cli.checkpoint.adapter.skeleton import Skeleton
 
     skeleton = Skeleton(checkpoint, device)
@@ -76,7 +95,6 @@ def measure_perplexity(
             "evaluate another model",
             code="unsupported-model",
         )
-    team = team or Team()
     windows = batches(tokens.windows)[team.rank :: team.size]
     spills = memory_budget is not None and _spills(skeleton, tokens.windows, memory_budget)
     with Replay(skeleton, windows, Path(tempfile.gettempdir()) if spills else None) as replay:
@@ -87,22 +105,26 @@ def measure_perplexity(
         losses = [_loss(replay.logits(batch), wanted.to(device)) for batch, wanted in enumerate(windows)]
     predicted = tokens.windows[:, 1:].numel()
     mean = math.fsum(loss for part in team.gather(losses) for loss in part) / predicted
-    if not math.isfinite(mean):
+    if not mean <= _LARGEST_LOSS:
         raise TsenorError(
-            f"{checkpoint.directory}: the loss is not finite", "the model overflows in its dtype", code="overflow"
+            f"{checkpoint.directory}: the loss is {mean:g} per token",
+            "the model overflows in its dtype",
+            code="overflow",
         )
     return Perplexity(math.exp(mean), mean, predicted, str(skeleton.model.dtype).removeprefix("torch."), tokens)
 
 
 def _spills(skeleton: Skeleton, windows: torch.Tensor, budget: int) -> bool:
-    """Whether the hidden states have no room beside all that is not a layer, and two layers.
+    """Whether the hidden states have no room beside all that is not a layer, and two layers or, at last, logits.
 
     Raises:
         UsageError: the others have none without them.
     """
+    config, itemsize = skeleton.model.config.get_text_config(), skeleton.model.dtype.itemsize
     largest = max(sum(t.nbytes for t in skeleton.tensors_of(i)) for i in range(len(skeleton.layers)))
-    hidden: int = windows.numel() * skeleton.model.config.get_text_config().hidden_size * skeleton.model.dtype.itemsize
-    others = skeleton.outside_bytes() + 2 * largest
+    hidden: int = windows.numel() * config.hidden_size * itemsize
+    logits: int = (batches(windows)[0].numel() * itemsize + _CHUNK * _FLOAT_BYTES) * config.vocab_size
+    others = skeleton.outside_bytes() + max(2 * largest, logits)
     if others > budget:
         raise budget_too_small(budget, others)
     return others + hidden > budget

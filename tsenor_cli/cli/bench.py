@@ -11,7 +11,7 @@ import click
 
 from tsenor_cli.bench import CONTENDERS, SCORES
 from tsenor_cli.cli import console
-from tsenor_cli.cli.options import DIRECTORY, SEED, FiniteRange, device_option, quiet_option, verbose_option
+from tsenor_cli.cli.options import COUNT, DIRECTORY, SEED, FiniteRange, device_option, quiet_option, verbose_option
 from tsenor_cli.specs import NMPattern, PruneSpec
 
 if TYPE_CHECKING:
@@ -37,13 +37,11 @@ def bench() -> None:
 @click.option("--scores", type=click.Choice(SCORES), default="normal", show_default=True, help="Random scores.")
 @click.option("--dtype", type=click.Choice(_DTYPES), default="float32", show_default=True, help="Of random scores.")
 @click.option("--model", help="Take the magnitudes of a checkpoint's prunable weights instead.")
-@click.option("--tensors", type=click.IntRange(1), default=4, show_default=True, help="With --model: how many.")
+@click.option("--tensors", type=COUNT, default=4, show_default=True, help="With --model: how many.")
 @click.option("--solver", "solvers", multiple=True, type=click.Choice(CONTENDERS), help="Repeatable.  [default: all]")
-@click.option(
-    "--repeat", type=click.IntRange(1), default=3, show_default=True, help="Runs of the fast ones; best counts."
-)
+@click.option("--repeat", type=COUNT, default=3, show_default=True, help="Runs of the fast ones; best counts.")
 @click.option("--budget", type=FiniteRange(0.01), default=2.0, show_default=True, help="Seconds for each baseline.")
-@click.option("--judged", type=click.IntRange(1), default=200, show_default=True, help="Blocks judged independently.")
+@click.option("--judged", type=COUNT, default=200, show_default=True, help="Blocks judged independently.")
 @click.option("--seed", type=SEED, default=0, show_default=True, help="Of the random scores.")
 @click.option(
     "--plot", type=click.Path(path_type=Path, dir_okay=False), help="Draw speed against gap: .png, .svg, .pdf."
@@ -101,12 +99,12 @@ def masks(
 @bench.command()
 @click.argument("model", type=DIRECTORY, required=False)
 @click.option("--size", multiple=True, help="ROWSxCOLUMNS of a weight, repeatable.  [default: a layer of Llama 3.1 8B]")
-@click.option("--tokens", type=click.IntRange(1), help="In a step.  [default: 8192, or 64 on a CPU]")
+@click.option("--tokens", type=COUNT, help="In a step.  [default: 8192, or 64 on a CPU]")
 @click.option(
     "--dtype", type=click.Choice(("bfloat16", "float16")), default="bfloat16", show_default=True, help="Of all."
 )
 @device_option
-@click.option("--repeat", type=click.IntRange(1), default=20, show_default=True, help="Rounds; the median counts.")
+@click.option("--repeat", type=COUNT, default=20, show_default=True, help="Rounds; the median counts.")
 @click.option("--seed", type=SEED, default=0, show_default=True, help="Of the random weights and inputs.")
 @quiet_option
 @verbose_option

@@ -8,6 +8,7 @@ import click
 
 from tsenor_cli.cli import console
 from tsenor_cli.cli.options import (
+    COUNT,
     DIRECTORY,
     TEXT,
     device_option,
@@ -40,8 +41,8 @@ WIKITEXT = "hf:Salesforce/wikitext:wikitext-2-raw-v1:test"
     "--baseline", metavar="MODEL", type=DIRECTORY, help="Another checkpoint, with the same tokenizer, to compare with."
 )
 @sequence_length_option
-@click.option("--max-windows", type=click.IntRange(1), help="Use no more than this many windows of the text.")
-@memory_budget_option
+@click.option("--max-windows", type=COUNT, help="Use no more than this many windows of the text.")
+@memory_budget_option()
 @device_option
 @json_option
 @quiet_option

@@ -9,6 +9,7 @@ import click
 
 from tsenor_cli.cli import console
 from tsenor_cli.cli.options import (
+    COUNT,
     DIRECTORY,
     SEED,
     TEXT,
@@ -47,9 +48,9 @@ if TYPE_CHECKING:
 )
 @overwrite_option
 @resume_option
-@click.option("--steps", type=click.IntRange(1), default=200, show_default=True, help="Steps of AdamW.")
-@click.option("--batch-size", type=click.IntRange(1), default=8, show_default=True, help="Windows that run at once.")
-@click.option("--accumulate", type=click.IntRange(1), default=1, show_default=True, help="Batches of a step.")
+@click.option("--steps", type=COUNT, default=200, show_default=True, help="Steps of AdamW.")
+@click.option("--batch-size", type=COUNT, default=8, show_default=True, help="Windows that run at once.")
+@click.option("--accumulate", type=COUNT, default=1, show_default=True, help="Batches of a step.")
 @sequence_length_option
 @click.option(
     "--learning-rate",
@@ -75,7 +76,7 @@ if TYPE_CHECKING:
 @click.option("--seed", type=SEED, default=0, show_default=True, help="Which windows are taken, and their order.")
 @click.option(
     "--save-every",
-    type=click.IntRange(1),
+    type=COUNT,
     default=50,
     show_default=True,
     help="After so many steps note what --resume needs.",
@@ -87,7 +88,9 @@ if TYPE_CHECKING:
     type=TEXT,
     help="Measure perplexity on this text, before and after.  [default: on the end of --text, which is not learned]",
 )
-@memory_budget_option
+@memory_budget_option(
+    "Measuring perplexity keeps below this above the imports: hidden states go to disk if they have to."
+)
 @fail_if_option
 @device_option
 @json_option

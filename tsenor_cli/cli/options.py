@@ -36,6 +36,16 @@ class Size(click.ParamType[int]):
         return int(float(match[1]) * _UNITS[match[2]])
 
 
+class Count(click.IntRange):
+    """How many of something: at least so many, and not more than there can be of anything."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:  # noqa: ANN401
+        number: int = super().convert(value, param, ctx)
+        if number >= 1 << 31:
+            self.fail(f"{value} is more than there can be.", param, ctx)
+        return number
+
+
 class FiniteRange(click.FloatRange):
     """A number in a range, and neither infinite nor NaN, which no comparison finds out of one."""
 
@@ -104,6 +114,7 @@ class ClusterType(click.ParamType[Cluster]):
 
 
 DIRECTORY, TEXT = Directory(), Text()
+COUNT = Count(1)
 SEED = click.IntRange(0, 2**32 - 1)  # what NumPy and torch take
 
 
@@ -158,12 +169,10 @@ def device_option(command: Command) -> Command:
     )(command)
 
 
-def memory_budget_option(command: Command) -> Command:
-    return click.option(
-        "--memory-budget",
-        type=Size(),
-        help="Keep below this above the imports, such as 8GiB: hidden states go to disk if they have to.",
-    )(command)
+def memory_budget_option(
+    text: str = "Keep below this above the imports, such as 8GiB: hidden states go to disk if they have to.",
+) -> Callable[[Command], Command]:
+    return click.option("--memory-budget", type=Size(), help=text)
 
 
 def overwrite_option(command: Command) -> Command:
@@ -183,7 +192,7 @@ def resume_option(command: Command) -> Command:
 def sequence_length_option(command: Command) -> Command:
     return click.option(
         "--sequence-length",
-        type=click.IntRange(2),
+        type=Count(2),
         help="Tokens of a window.  [default: the model's maximum, 2048 at most]",
     )(command)
 

@@ -10,6 +10,7 @@ import click
 from tsenor_cli.cli import console
 from tsenor_cli.cli.dry_run import plan_json, show_plan
 from tsenor_cli.cli.options import (
+    COUNT,
     DIRECTORY,
     SEED,
     TEXT,
@@ -84,9 +85,7 @@ if TYPE_CHECKING:
     help="Text for calibrated methods: .txt, .jsonl, .parquet, - for standard input, or hf:dataset[:config][:split].",
 )
 @text_field_option("text_field")
-@click.option(
-    "--samples", type=click.IntRange(1), default=128, show_default=True, help="Windows of text to calibrate with."
-)
+@click.option("--samples", type=COUNT, default=128, show_default=True, help="Windows of text to calibrate with.")
 @sequence_length_option
 @click.option("--seed", type=SEED, default=0, show_default=True, help="Which windows of the text are taken.")
 @click.option("--no-update", is_flag=True, help="sparsegpt, alps: take the mask only, leave kept weights as they are.")
@@ -111,7 +110,7 @@ if TYPE_CHECKING:
     type=TEXT,
     help="Put the perplexity on this text, before and after, into the report.",
 )
-@memory_budget_option
+@memory_budget_option()
 @click.option(
     "--solver",
     type=click.Choice(SOLVERS),

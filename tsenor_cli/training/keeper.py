@@ -17,8 +17,8 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.optim.optimizer import Optimizer, register_optimizer_step_post_hook
 from torch.utils.hooks import RemovableHandle
 
-from tsenor_cli.errors import CheckFailed, InputRefused
-from tsenor_cli.training.masks import model_masks, parameters_of
+from tsenor_cli.errors import CheckFailed
+from tsenor_cli.training.masks import masked_parameters, model_masks
 
 
 def keep_masks(model: nn.Module, masks: Mapping[str, torch.Tensor] | Path | str) -> MaskKeeper:
@@ -36,7 +36,7 @@ def keep_masks(model: nn.Module, masks: Mapping[str, torch.Tensor] | Path | str)
     Raises:
         InputRefused: a mask has no parameter, or another shape than it.
     """
-    return MaskKeeper(model, masks if isinstance(masks, Mapping) else model_masks(model, Path(masks)))
+    return MaskKeeper(model, masks if isinstance(masks, Mapping) else model_masks(model, masks))
 
 
 class MaskKeeper:
@@ -46,6 +46,7 @@ class MaskKeeper:
         self._model = model
         self._dropped = {name: ~mask.bool() for name, mask in masks.items()}
         self._kept: dict[str, _Kept] = {}
+        self._removed = False
         self.apply()
         self._step = register_optimizer_step_post_hook(self._stepped)
 
@@ -60,12 +61,13 @@ class MaskKeeper:
         Raises:
             CheckFailed: one is not.
         """
-        for name, kept in zip(self._kept, self._bound(), strict=True):
+        for name, kept in zip(self._dropped, self._bound(), strict=True):
             if count := kept.broken():
                 raise CheckFailed(f"{name}: {count:,} weights that the mask drops are not zero", code="mask-broken")
 
     def remove(self) -> None:
-        """Let go: nothing is masked any more."""
+        """Let go: nothing is masked any more, unless `apply` is called."""
+        self._removed = True
         self._step.remove()
         for kept in self._kept.values():
             kept.release()
@@ -87,29 +89,16 @@ class MaskKeeper:
 
     def _bound(self) -> Iterator[_Kept]:
         """Every mask with the parameter that has its name now: `fully_shard` puts new ones into a model."""
-        parameters = self._parameters()
+        parameters = masked_parameters(self._model, self._dropped)  # all are there before any is changed
         for name, dropped in self._dropped.items():
             parameter, kept = parameters[name], self._kept.get(name)
             if kept is None or kept.parameter is not parameter:
                 if kept is not None:
                     kept.release()
                 kept = self._kept[name] = _Kept(parameter, dropped)
-            kept.watch()
+            if not self._removed:
+                kept.watch()
             yield kept
-
-    def _parameters(self) -> dict[str, nn.Parameter]:
-        """Those that have a mask, by name: all of them are there before any is changed."""
-        parameters = dict(parameters_of(self._model))
-        for name, dropped in self._dropped.items():
-            parameter = parameters.get(name)
-            if parameter is None or parameter.shape != dropped.shape:
-                found = "none" if parameter is None else f"one of {list(parameter.shape)}"
-                raise InputRefused(
-                    f"the mask {name} of {list(dropped.shape)} needs such a parameter, and the model has {found}",
-                    "give the masks of this model",
-                    code="mask-mismatch",
-                )
-        return parameters
 
 
 class _Kept:

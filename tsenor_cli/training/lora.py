@@ -18,9 +18,11 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 from torch.nn.functional import linear
 
-from tsenor_cli.errors import InputRefused
+from tsenor_cli.errors import InputRefused, UsageError
 from tsenor_cli.training.keeper import keep_masks
-from tsenor_cli.training.masks import model_masks, parameters_of
+from tsenor_cli.training.masks import masked_parameters, model_masks, parameters_of
+
+_AS_IT_IS = "train it as it is, and see what merge_lora says is lost"
 
 
 def mask_adapters(model: nn.Module, masks: Mapping[str, torch.Tensor] | Path | str) -> list[str]:
@@ -34,14 +36,16 @@ def mask_adapters(model: nn.Module, masks: Mapping[str, torch.Tensor] | Path | s
         The names of the weights whose adapters are masked now.
 
     Raises:
-        InputRefused: the adapter of a masked weight is another kind than plain LoRA of a linear layer.
+        InputRefused: a mask has no parameter, or the adapter of a masked weight is another kind than plain LoRA of a
+            linear layer.
     """
-    named = masks if isinstance(masks, Mapping) else model_masks(model, Path(masks))
+    named = masks if isinstance(masks, Mapping) else model_masks(model, masks)
+    masked_parameters(model, named)
     found = {name: layer for layer, weights in _adapted(model) for name in weights if name in named}
     if odd := [name for name, layer in found.items() if not isinstance(layer, Linear) or layer.lora_variant]:
         raise InputRefused(
             f"the adapter of {odd[0]} is no plain LoRA of a linear layer",
-            "train it as it is, and see what merge_lora says is lost",
+            _AS_IT_IS,
             code="unsupported-model",
         )
     for name, layer in found.items():
@@ -67,6 +71,8 @@ class _MaskedLinear(Linear):
 
     def _adapter(self, name: str, x: torch.Tensor) -> torch.Tensor:
         """What an adapter adds."""
+        if name in self.lora_variant:
+            raise InputRefused(f"adapter {name} is no plain LoRA", _AS_IT_IS, code="unsupported-model")
         a: Any = self.lora_A[name]
         b: Any = self.lora_B[name]
         scaling, dropout = self.scaling[name], self.lora_dropout[name]
@@ -102,9 +108,12 @@ def merge_lora(
 
     Raises:
         InputRefused: see keep_masks.
+        UsageError: the model has no adapters.
         ValueError: peft finds a merged weight that is not finite.
     """
-    named = masks if isinstance(masks, Mapping) else model_masks(model, Path(masks))
+    if not hasattr(model, "unload"):
+        raise UsageError("the model has no adapters", "give what peft.get_peft_model made")
+    named = masks if isinstance(masks, Mapping) else model_masks(model, masks)
     merged: list[MergedWeight] = []
     with keep_masks(model, named) as keeper:
         for layer, weights in _adapted(model):
@@ -122,8 +131,9 @@ def _adapted(model: nn.Module) -> Iterator[tuple[Any, dict[str, nn.Parameter]]]:
     names = {parameter: name for name, parameter in parameters_of(model)}
     for layer in model.modules():
         if isinstance(layer, BaseTunerLayer):
-            own = layer.get_base_layer().parameters()
-            yield layer, {names[weight]: weight for weight in own if weight in names}
+            own = layer.get_base_layer().named_parameters()
+            adapted = getattr(layer, "parameter_name", None)  # of a layer around one of a module's parameters
+            yield layer, {names[weight]: weight for name, weight in own if adapted in (None, name) and weight in names}
 
 
 def _merged(name: str, weight: torch.Tensor, before: torch.Tensor, mask: torch.Tensor) -> MergedWeight:

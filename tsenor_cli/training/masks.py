@@ -23,14 +23,16 @@ from tsenor_cli.report.records import TensorRecord
 _INSIDE = r"(_orig_mod|_checkpoint_wrapped_module)\."
 _WRAPPERS = re.compile(rf"^((module|base_model\.model)\.|{_INSIDE})+|(?<=\.){_INSIDE}")
 
+_ADAPTED = re.compile(r"(\.base_layer)+\.")  # where peft puts an adapted layer, once for each of its adapted parameters
 
-def model_masks(model: nn.Module, directory: Path) -> dict[str, torch.Tensor]:
+
+def model_masks(model: nn.Module, directory: Path | str) -> dict[str, torch.Tensor]:
     """The masks of a checkpoint that `model` was loaded from: by name of the parameter, bool of its shape, True kept.
 
     Raises:
         InputRefused: the checkpoint has no report, or the model is not one that was loaded from it.
     """
-    checkpoint = open_checkpoint(directory)
+    checkpoint = open_checkpoint(Path(directory))
     on_disk = masks_on_disk(checkpoint)
     if _fit(model, on_disk):
         return on_disk
@@ -77,7 +79,26 @@ def mask_on_disk(checkpoint: Checkpoint, record: TensorRecord) -> torch.Tensor:
 def parameters_of(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
     """Parameters by the names that they have in the model itself, whatever it is wrapped into."""
     for name, parameter in model.named_parameters():
-        yield _WRAPPERS.sub("", name).replace(".base_layer.", "."), parameter  # peft puts an adapted layer there
+        yield _ADAPTED.sub(".", _WRAPPERS.sub("", name)), parameter
+
+
+def masked_parameters(model: nn.Module, masks: Mapping[str, torch.Tensor]) -> dict[str, nn.Parameter]:
+    """The parameter of every mask, by name.
+
+    Raises:
+        InputRefused: a mask has no parameter, or another shape than it.
+    """
+    parameters = dict(parameters_of(model))
+    for name, mask in masks.items():
+        parameter = parameters.get(name)
+        if parameter is None or parameter.shape != mask.shape:
+            found = "none" if parameter is None else f"one of {list(parameter.shape)}"
+            raise InputRefused(
+                f"the mask {name} of {list(mask.shape)} needs such a parameter, and the model has {found}",
+                "give the masks of this model",
+                code="mask-mismatch",
+            )
+    return {name: parameters[name] for name in masks}
 
 
 def _fit(model: nn.Module, masks: Mapping[str, torch.Tensor]) -> bool:

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
+from torch import nn
 from transformers import (
     PreTrainedModel,
     PrinterCallback,
@@ -71,7 +72,7 @@ def train(
         CheckFailed: a loss is not finite.
         TsenorError: there is no memory for it, or no room for a checkpoint.
     """
-    trainer = Trainer(
+    trainer = _Trainer(
         model,
         _arguments(spec, device, folder),
         train_dataset=[{"input_ids": window, "labels": window} for window in windows],
@@ -153,6 +154,16 @@ def _arguments(spec: FinetuneSpec, device: torch.device, folder: Path) -> Traini
     )
     arguments._n_gpu = min(arguments.n_gpu, 1)  # noqa: SLF001  (with more it would split batches among all)
     return arguments
+
+
+class _Trainer(Trainer):
+    """Trainer's own way back to a checkpoint leaves out what lies on disk by other names, as experts do."""
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        target = self.model if model is None else model
+        assert isinstance(target, PreTrainedModel)
+        saved = type(target).from_pretrained(resume_from_checkpoint, dtype=torch.float32, local_files_only=True)
+        target.load_state_dict(saved.state_dict())
 
 
 class _Told(TrainerCallback):

@@ -177,7 +177,7 @@ def find_layers(model: PreTrainedModel) -> tuple[str, nn.ModuleList]:
     kind = type(model).__name__
     if getattr(model.config, "is_encoder_decoder", False):
         raise InputRefused(
-            f"{kind} has an encoder and a decoder: it cannot be calibrated layer by layer",
+            f"{kind} has an encoder and a decoder: it cannot be run layer by layer",
             _REMEDY,
             code="layerwise-unsupported",
         )
@@ -196,7 +196,7 @@ def find_layers(model: PreTrainedModel) -> tuple[str, nn.ModuleList]:
     _, name, layers = max(found, key=lambda item: item[0])
     if len(list(layers.parameters())) < sum(len(list(layer.parameters())) for layer in layers):
         raise InputRefused(
-            f"the layers of {kind} share weights: they cannot be calibrated one by one",
+            f"the layers of {kind} share weights: they cannot be run one by one",
             _REMEDY,
             code="layerwise-unsupported",
         )
