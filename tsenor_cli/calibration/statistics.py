@@ -137,8 +137,10 @@ class Collector:
         """Sum up what every process has seen in its last pass, or its lack of one; all of them call it."""
         if self._team.size == 1:
             return
-        everybody = self._team.gather([(site, call, tuple(x.shape), x.dtype) for site, call, x in self._seen])
-        for source, seen in enumerate(everybody):
+        own = [(site, call, tuple(x.shape), x.dtype) for site, call, x in self._seen]
+        everybody = self._team.gather((own, self.leaders))
+        for source, (seen, leaders) in enumerate(everybody):
+            self.leaders |= leaders
             given = []  # all of a source's, before any is summed up: processes wait for each other but once
             for number, (site, call, shape, dtype) in enumerate(seen):
                 blocks = self._blocks_by_rank(site, shape[-1])
@@ -152,8 +154,6 @@ class Collector:
             for part in given:
                 self._sum(*part)
         self._seen.clear()
-        for leaders in self._team.gather(self.leaders):
-            self.leaders |= leaders
 
     def results(self, owners: Mapping[Site, int] | None = None) -> dict[Site, InputStats]:
         """The statistics of every site that was given any token; sites with the same input have the same object.
