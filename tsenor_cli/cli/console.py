@@ -93,8 +93,13 @@ def emit(result: dict[str, Any] | str) -> None:
 
 
 def emit_path(path: Path) -> None:
-    """A path as the result, on stdout, in the very bytes that it has on disk."""
-    click.echo(str(path) if sys.platform == "win32" else os.fsencode(path))
+    """A path as the result, on stdout; one that is no text in the very bytes that it has on disk."""
+    try:
+        str(path).encode()
+    except UnicodeEncodeError:
+        click.echo(os.fsencode(path))
+    else:
+        click.echo(str(path))
 
 
 def finished(output: Path, report: Report, *, in_full: bool) -> None:
