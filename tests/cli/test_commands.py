@@ -120,7 +120,7 @@ def test_pipes(llama, tmp_path):
     assert (quiet.stdout, quiet.stderr) == ("{", "")
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="paths are any bytes there")
+@pytest.mark.skipif(sys.platform != "linux", reason="elsewhere paths are text")
 @pytest.mark.slow
 def test_paths_that_are_no_text(llama, tmp_path):
     """Written to reports with escapes, and to stdout as they are on disk."""

@@ -9,6 +9,8 @@ from __future__ import annotations
 import math
 import sys
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -52,6 +54,18 @@ class Perplexity:
         }
 
 
+@contextmanager
+def _own_remedy() -> Iterator[None]:
+    """To a model that cannot be run layer by layer, another method of pruning is no help here."""
+    try:
+        yield
+    except InputRefused as error:
+        if error.code != "layerwise-unsupported":
+            raise
+        raise InputRefused(error.message, "leave its perplexity out, or take another model", code=error.code) from error
+
+
+@_own_remedy()
 def measure_perplexity(
     checkpoint: Checkpoint,
     tokens: TextTokens,
@@ -70,22 +84,6 @@ def measure_perplexity(
         UsageError: the memory budget is too small, even with the hidden states on disk.
         TsenorError: the loss is not finite, or beyond all bounds.
     """
-    try:
-        return _measure(checkpoint, tokens, observer, memory_budget, device, team or Team())
-    except InputRefused as error:
-        if error.code != "layerwise-unsupported":
-            raise
-        raise InputRefused(error.message, "leave its perplexity out, or take another model", code=error.code) from error
-
-
-def _measure(
-    checkpoint: Checkpoint,
-    tokens: TextTokens,
-    observer: Observer,
-    memory_budget: int | None,
-    device: torch.device,
-    team: Team,
-) -> Perplexity:
     from tsenor_cli.checkpoint.adapter.skeleton import Skeleton
 
     skeleton = Skeleton(checkpoint, device)
@@ -95,6 +93,7 @@ def _measure(
             "evaluate another model",
             code="unsupported-model",
         )
+    team = team or Team()
     windows = batches(tokens.windows)[team.rank :: team.size]
     spills = memory_budget is not None and _spills(skeleton, tokens.windows, memory_budget)
     with Replay(skeleton, windows, Path(tempfile.gettempdir()) if spills else None) as replay:

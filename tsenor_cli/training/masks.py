@@ -22,7 +22,6 @@ from tsenor_cli.report.records import TensorRecord
 # What DistributedDataParallel and peft put in front of names, and torch.compile and activation checkpointing anywhere.
 _INSIDE = r"(_orig_mod|_checkpoint_wrapped_module)\."
 _WRAPPERS = re.compile(rf"^((module|base_model\.model)\.|{_INSIDE})+|(?<=\.){_INSIDE}")
-
 _ADAPTED = re.compile(r"(\.base_layer)+\.")  # where peft puts an adapted layer, once for each of its adapted parameters
 
 
