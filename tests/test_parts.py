@@ -91,6 +91,26 @@ def test_a_merge_that_is_stopped_while_parts_go_is_finished_by_the_next(spec, mo
     assert len(removed) == step > 12
 
 
+def test_parts_that_were_going_when_their_output_went(spec, monkeypatch):
+    """They are in nobody's way when all is made anew."""
+    remove = shutil.rmtree
+
+    def stop(path, *given, **options):
+        if ".part-" in str(path):
+            raise KeyboardInterrupt
+        remove(path, *given, **options)
+
+    make_parts(spec, 2)
+    with monkeypatch.context() as patch:
+        patch.setattr(shutil, "rmtree", stop)
+        with pytest.raises(KeyboardInterrupt):
+            merge(spec.output)
+    shutil.rmtree(spec.output)
+    make_parts(spec, 2)
+    merge(spec.output)
+    assert [path.name for path in spec.output.parent.iterdir() if ".part-" in path.name] == []
+
+
 def fails(outcome, code, *words):
     assert outcome.code == code
     assert outcome.err.count("\n") == 1

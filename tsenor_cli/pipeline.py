@@ -17,7 +17,14 @@ import torch
 
 from tsenor_cli.checkpoint.journal import Journal
 from tsenor_cli.checkpoint.maskfile import saved_masks
-from tsenor_cli.checkpoint.parts import bring_together, find_parts, parts_beside, removal_has_begun, remove_parts
+from tsenor_cli.checkpoint.parts import (
+    bring_together,
+    find_parts,
+    parts_beside,
+    removal_has_begun,
+    remove_parts,
+    sweep_parts,
+)
 from tsenor_cli.checkpoint.plan import Plan
 from tsenor_cli.checkpoint.reader import Checkpoint, open_checkpoint
 from tsenor_cli.checkpoint.remote import fetched
@@ -201,8 +208,10 @@ def merge(output: Path, *, overwrite: bool = False) -> Report:
         OutputUnavailable, TsenorError: as prune.
     """
     output = absolute(output)
-    if removal_has_begun(output) and (report := _merged_before(output)) is not None:
-        return report
+    if removal_has_begun(output):
+        if (report := _merged_before(output)) is not None:
+            return report
+        sweep_parts(output)  # of an output that is not there any more
     parts = find_parts(output)
     reports = [read_report(part) for part in parts]
     for part, other in zip(parts[1:], reports[1:], strict=True):

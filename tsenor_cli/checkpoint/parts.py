@@ -12,8 +12,6 @@ from tsenor_cli.checkpoint.writer import copy_file
 from tsenor_cli.errors import InputRefused, OutputUnavailable
 from tsenor_cli.specs import Part
 
-_GONE = ".{}.gone"  # the name of a part that is being removed
-
 
 def part_directory(output: Path, part: Part) -> Path:
     """Where one part of `output` is made.
@@ -26,11 +24,9 @@ def part_directory(output: Path, part: Part) -> Path:
     return output.with_name(f"{output.name}.part-{part.number}-of-{part.count}")
 
 
-def parts_beside(output: Path, form: str = "{}") -> dict[Path, int]:
-    """The directories that are named as parts of `output`, in a form of that name, and of how many."""
-    name = re.compile(
-        re.escape(form).replace(r"\{\}", re.escape(output.name) + r"\.part-([1-9][0-9]*)-of-([1-9][0-9]*)")
-    )
+def parts_beside(output: Path) -> dict[Path, int]:
+    """The directories that are named as parts of `output`, and of how many."""
+    name = re.compile(re.escape(output.name) + r"\.part-([1-9][0-9]*)-of-([1-9][0-9]*)")
     beside = {path: name.fullmatch(path.name) for path in output.parent.glob("*")}
     return {path: int(match[2]) for path, match in beside.items() if match and path.is_dir()}
 
@@ -68,14 +64,24 @@ def find_parts(output: Path) -> list[Path]:
 def remove_parts(output: Path) -> None:
     """All parts, under another name first, so that a part is whole or not there."""
     for part in parts_beside(output):
-        part.rename(part.with_name(_GONE.format(part.name)))
-    for gone in parts_beside(output, _GONE):
-        shutil.rmtree(gone)
+        part.rename(part.with_name(part.name.replace(output.name, _gone(output).name, 1)))
+    sweep_parts(output)
+
+
+def sweep_parts(output: Path) -> None:
+    """Those that have the other name."""
+    for part in parts_beside(_gone(output)):
+        shutil.rmtree(part)
 
 
 def removal_has_begun(output: Path) -> bool:
     """Whether `remove_parts` was stopped."""
-    return bool(parts_beside(output, _GONE))
+    return bool(parts_beside(_gone(output)))
+
+
+def _gone(output: Path) -> Path:
+    """Whose parts those are that are being removed."""
+    return output.parent / f".{output.name}.gone"
 
 
 def bring_together(parts: Sequence[Path], target: Path, left_out: Sequence[str]) -> None:
