@@ -23,6 +23,7 @@ from tsenor_cli.specs import NMPattern
 _ENOUGH_S = 1.5  # to spend on the disk
 _SAMPLE_BYTES = 2**30  # at most, of a file that is never seen
 _PLACES = 64  # that are read
+_TIMES = 10  # to do what takes milliseconds; others' work on the machine disturbs it
 
 
 def measure_rates(plan: Plan, output: Path, solvers: Mapping[NMPattern, SolveMask]) -> Rates:
@@ -56,10 +57,10 @@ def measure_rates(plan: Plan, output: Path, solvers: Mapping[NMPattern, SolveMas
     )
 
 
-def _best(work: Callable[[], object], times: int = 3) -> float:
+def _best(work: Callable[[], object]) -> float:
     """Seconds of the fastest; the first time may compile, or read what was compiled."""
     seconds = []
-    for _ in range(times):
+    for _ in range(_TIMES):
         started = time.perf_counter()
         work()
         seconds.append(time.perf_counter() - started)

@@ -5,13 +5,14 @@ from __future__ import annotations
 import os
 import random
 import sys
+import time
 
 import pytest
 import torch
 
 from tsenor_cli.checkpoint import reader
 from tsenor_cli.checkpoint.reader import open_checkpoint
-from tsenor_cli.checkpoint.uncached import read_uncached
+from tsenor_cli.checkpoint.uncached import _is_cached, read_uncached
 from tsenor_cli.errors import InputRefused
 from tsenor_cli.pipeline import prune, verify
 from tsenor_cli.specs import NMPattern, PruneSpec
@@ -31,15 +32,24 @@ def is_cached(path):
 def make_file(path):
     """On disk, and not in the cache."""
     path.write_bytes(random.Random(0).randbytes(50_001))
+    return forget(path)
+
+
+def forget(path):
     with path.open("rb") as opened:
         os.fsync(opened.fileno())
-        os.posix_fadvise(opened.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+        pages = range(0, path.stat().st_size, 4096)
+        for _ in range(100):  # a busy system may keep a page for a moment
+            os.posix_fadvise(opened.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+            if not any(_is_cached(opened.fileno(), page, 1) for page in pages):
+                break
+            time.sleep(0.01)
     return path
 
 
 @pytest.fixture
 def file(tmp_path):
-    if is_cached(probe := make_file(tmp_path / "probe")) or read_uncached(probe, 0, 1) is None:
+    if is_cached(make_file(tmp_path / "probe")) or read_uncached(make_file(tmp_path / "other"), 0, 1) is None:
         pytest.skip("this file system is in memory, or has no other way")
     return make_file(tmp_path / "file")
 
@@ -52,6 +62,19 @@ def test_the_same_bytes(file, start, nbytes):
     assert not is_cached(file)
     assert found == file.read_bytes()[start : start + nbytes]
     assert torch.frombuffer(found, dtype=torch.uint8).data_ptr() % 8 == 0
+
+
+def test_what_is_in_the_cache_is_not_fetched_from_the_disk(file):
+    file.read_bytes()
+    assert read_uncached(file, 8, 40_000) is None
+    forget(file)
+    assert read_uncached(file, 8, 40_000) is not None
+
+
+def test_of_a_file_that_is_not_ours_the_system_does_not_say_what_is_in_the_cache(file, monkeypatch):
+    monkeypatch.setattr(os, "access", lambda *_: False)
+    file.read_bytes()
+    assert read_uncached(file, 8, 40_000) is not None
 
 
 def test_what_is_left_to_the_plain_way(file, tmp_path):
@@ -74,6 +97,8 @@ def test_a_checkpoint(llama, tmp_path, monkeypatch):
         read.append(path.name)
         return read_uncached(path, *part)
 
+    for path in llama.glob("*.safetensors"):
+        forget(path)
     prune(PruneSpec(llama, tmp_path / "uncached", NMPattern(2, 4)))
     monkeypatch.setattr("tsenor_cli.checkpoint.shard.read_uncached", counted)
     assert verify(str(tmp_path / "uncached"), against=str(llama)).ok
