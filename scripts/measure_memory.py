@@ -37,7 +37,10 @@ BYTES_PER_WEIGHT = 2
 
 SAMPLE_EVERY_S = 0.05
 TEXT_BYTES = 2**21
-ENVIRONMENT = os.environ | {"HF_HUB_OFFLINE": "1"}  # all models are local
+ENVIRONMENT = os.environ | {
+    "HF_HUB_OFFLINE": "1",
+    "OMP_WAIT_POLICY": "PASSIVE",
+}  # models are local; tsenor sets the other
 
 
 class Shapes(NamedTuple):
@@ -86,6 +89,7 @@ def measure(folder: Path, size: int, shapes: Shapes, options: list[str]) -> tupl
     make_text(folder / "text.txt")
     copy_s = timed_copy(source, folder / "copy")
     shutil.rmtree(folder / "copy")
+    os.sync()  # its going would slow down what is measured, too
     command = ["prune", str(source), "-o", str(folder / "pruned"), *options]
     said = dry_run(command)
     bound = said["memory"]

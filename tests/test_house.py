@@ -39,7 +39,7 @@ MAY_IMPORT = {
     },
     "job": {"checkpoint", "calibration", "distribution", "identity", "pruners", "report", "streaming"},
     "identity": {"__init__", "checkpoint", "calibration", "report"},
-    "streaming": {"checkpoint", "overlap", "pruners", "report"},
+    "streaming": {"checkpoint", "kernels", "overlap", "pruners", "report"},
     "training": {"calibration", "checkpoint", "identity", "job", "report"},
     "layerwise": {"streaming", "checkpoint", "calibration", "distributed", "pruners", "report"},
     "checkpoint": {"overlap"},

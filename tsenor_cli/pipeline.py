@@ -94,7 +94,7 @@ def predict(spec: PruneSpec, plan: Plan, cluster: Cluster | None = None) -> Fore
 def prune(spec: PruneSpec, observer: Observer | None = None, team: Team | None = None) -> Report:
     """Prune the checkpoint `spec.model` into `spec.output`, streaming tensors from disk to disk.
 
-    In memory are a band of a tensor, or, where calibration is needed, one decoder layer with what it needs (see
+    In memory are a few bands of a tensor, or, where calibration is needed, one decoder layer with what it needs (see
     Plan.memory). The output appears only when it is complete. A run that was interrupted at any time can go on with
     `spec.resume`, and gives the bytes of one that was not.
 

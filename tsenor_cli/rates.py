@@ -8,12 +8,15 @@ import os
 import tempfile
 import time
 from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import BinaryIO, cast
 
 import torch
 
 from tsenor_cli.checkpoint.plan import BAND_BYTES, Plan
 from tsenor_cli.checkpoint.shard import COPY_BYTES
+from tsenor_cli.checkpoint.writer import SETTLE_BYTES, settle
 from tsenor_cli.forecast import Rates
 from tsenor_cli.pruners.base import SolveMask
 from tsenor_cli.pruners.magnitude import Magnitude
@@ -99,11 +102,13 @@ def _read_rate(plan: Plan) -> float:
 
 
 def _write_rate(output: Path, nbytes: int) -> float:
-    """To the disk, through the system's cache, of a file without a name."""
+    """To the disk, through the system's cache, of a file without a name; put to disk behind the back, as in a run."""
     place = next(parent for parent in output.absolute().parents if parent.exists())
     block, done, started = os.urandom(COPY_BYTES), 0, time.perf_counter()
-    with tempfile.TemporaryFile(dir=place, buffering=0) as file:
+    with tempfile.TemporaryFile(dir=place, buffering=0) as file, ThreadPoolExecutor(1) as syncer:
         while done < nbytes and time.perf_counter() - started < _ENOUGH_S:
-            done += file.write(block)
-        os.fsync(file.fileno())
+            first = done
+            while done - first < min(SETTLE_BYTES, nbytes):
+                done += file.write(block)
+            syncer.submit(settle, cast("BinaryIO", file), [(first, done - first)])
     return max(done, 1) / (time.perf_counter() - started)

@@ -1,7 +1,7 @@
 """Tensor by tensor, band by band: what needs no calibration, and what is only copied.
 
-While one band is solved the next ones are read and the last ones hashed and written; a shard that is complete is put to
-disk meanwhile. In memory are a few bands, whatever the size of the checkpoint.
+While some bands are solved the next ones are read and the last ones hashed and written; a shard that is complete is put
+to disk meanwhile. In memory are a few bands, whatever the size of the checkpoint.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from functools import cache, partial
-from itertools import chain, cycle, starmap
+from itertools import chain, cycle
 from typing import TypeAlias
 
 import torch
@@ -23,6 +23,7 @@ from tsenor_cli.checkpoint.plan import Plan, TensorPlan, bands
 from tsenor_cli.checkpoint.shard import COPY_BYTES
 from tsenor_cli.checkpoint.writer import OutputShards, Place, as_bytes
 from tsenor_cli.errors import InputRefused
+from tsenor_cli.kernels.threads import limited
 from tsenor_cli.observer import Observer
 from tsenor_cli.overlap import ahead
 from tsenor_cli.pruners.base import Pruner, SolveMask
@@ -31,7 +32,7 @@ from tsenor_cli.report.records import TensorRecord
 from tsenor_cli.specs import NMPattern
 
 GPU_BAND_BYTES = 64 * 2**20
-IN_FLIGHT = 3  # bands on a GPU at a time
+IN_FLIGHT = 3  # bands that are pruned at a time: while one waits for a thread, or for the GPU, others have work
 READ_AHEAD = WRITE_BEHIND = 2  # bands
 
 
@@ -77,11 +78,15 @@ class Streaming:
     def run(self, items: Iterable[TensorPlan]) -> Iterator[TensorRecord]:
         """Prune or copy tensors in this order, best that of the files, and give the record of each that is written.
 
-        On a GPU several bands are under way at once, each in a stream of its own.
+        Several bands are under way at once, on a GPU each in a stream of its own.
         """
         if self._device.type == "cpu":
             parts = chain.from_iterable(map(_parts, items))
-            pruned: Iterator[_Pruned] = starmap(self._prune, ahead(self._read, ((part,) for part in parts), READ_AHEAD))
+            threads = torch.get_num_threads()
+            at_once = min(IN_FLIGHT, threads)
+            prune = limited(self._prune, threads // at_once)
+            read = ahead(self._read, ((part,) for part in parts), READ_AHEAD)
+            pruned = ahead(prune, read, at_once - 1, threads=at_once)
         else:
             parts = chain.from_iterable(map(partial(_parts, nbytes=GPU_BAND_BYTES), items))
             streamed = zip(cycle(_streams(self._device)), parts, strict=False)
@@ -116,10 +121,13 @@ class Streaming:
         """The band as it is on disk, its packed mask if that is saved, and what happened to it."""
         assert item.layout is not None
         assert item.choice is not None
-        check_finite(item, band)
         weight, tally = to_matrices(band, item.layout), Tally()
         started = time.perf_counter()
-        layer = self._pruners[item.choice.method].prune(weight, self._solvers[item.choice.pattern])
+        try:
+            layer = self._pruners[item.choice.method].prune(weight, self._solvers[item.choice.pattern])
+        except InputRefused:
+            check_finite(item, band)  # says which tensor
+            raise
         tally.add(weight, layer, time.perf_counter() - started)
         saved = self._shards.mask_of(item.tensor) is not None
         mask = pack_mask(from_matrices(layer.solution.mask, item.layout)) if saved else None

@@ -125,7 +125,8 @@ def test_what_is_written_is_settled_in_time(llama, staging, monkeypatch):
     forgotten = []
     monkeypatch.setattr("tsenor_cli.checkpoint.writer.SETTLE_BYTES", 1000)
     monkeypatch.setattr(
-        "tsenor_cli.checkpoint.writer._forget", lambda file, *part: forgotten.append((file.name, *part))
+        "tsenor_cli.checkpoint.writer.settle",
+        lambda file, parts: forgotten.extend((file.name, *part) for part in parts),
     )
     checkpoint = open_checkpoint(llama)
     shards = OutputShards(checkpoint, staging)

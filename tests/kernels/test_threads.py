@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from tsenor_cli.kernels import threads
-from tsenor_cli.kernels.threads import over_chunks
+from tsenor_cli.kernels.threads import limited, over_chunks
 from tsenor_cli.masks.solve import solve_mask
 
 
@@ -43,6 +43,21 @@ def test_an_exception_arrives():
     with pytest.raises(ValueError, match="here"):
         over_chunks(work, 100, 10, (None, lambda: None))
     test_every_item_once()
+
+
+@pytest.mark.usefixtures("two_threads")
+def test_who_is_given_one_thread_works_alone():
+    seen = []
+    items = (100, 10, (None, lambda: None))
+    alone = threading.Thread(
+        target=limited(over_chunks, 1), args=(lambda *_: seen.append(threading.get_ident()), *items)
+    )
+    alone.start()
+    alone.join()
+    assert seen == [alone.ident] * 10
+    seen.clear()
+    over_chunks(lambda *_: seen.append(threading.get_ident()), *items)
+    assert threading.get_ident() not in seen
 
 
 def test_scratch_is_kept_for_its_key_alone(monkeypatch):

@@ -23,9 +23,9 @@ if TYPE_CHECKING:
 
 HIDDEN_STATES = "hidden states"
 BAND_BYTES = 4 * 2**20
-# Expected peak above the imports, docs/measured.md: float32 scores, mask and results of a band, per element; and what
-# is there once: the kernels' code, the meta model, buffers.
-_BYTES_PER_ELEMENT, FIXED_BYTES = 16, 192 * 2**20
+# Expected peak above the imports, docs/measured.md: the bands that are read, pruned and written at a time, per element
+# of one; and what is there once: the kernels' code, the meta model, buffers.
+_BYTES_PER_ELEMENT, FIXED_BYTES = 32, 192 * 2**20
 
 
 @dataclass(frozen=True)
@@ -130,7 +130,7 @@ def make_plan(checkpoint: Checkpoint, spec: PruneSpec) -> Plan:
     )
     _check_selection(spec, tensors)
     elements = max((_largest_band(item) for item in tensors if item.pruned and not item.calibrated), default=0)
-    memory = {"a band of a tensor": elements * _BYTES_PER_ELEMENT, "code and buffers": FIXED_BYTES}
+    memory = {"bands of a tensor": elements * _BYTES_PER_ELEMENT, "code and buffers": FIXED_BYTES}
     return Plan(checkpoint, tensors, memory, saves_masks=spec.save_masks)
 
 

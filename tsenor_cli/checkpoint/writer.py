@@ -209,21 +209,20 @@ def encode_header(entries: Mapping[str, Any]) -> bytes:
 
 
 def _settle(path: Path, ranges: list[tuple[int, int]]) -> None:
-    """Put to disk what has been written, and give its pages of the system's cache back.
+    with path.open("r+b") as file:
+        settle(file, ranges)
+
+
+def settle(file: BinaryIO, ranges: list[tuple[int, int]]) -> None:
+    """Put to disk what has been written, and give its pages of the system's cache back: nobody reads it soon.
 
     The next writes get these pages again, which is several times as fast as pages that were never used
     (docs/measured.md), and what others have in the cache stays there.
     """
-    with path.open("r+b") as file:
-        _sync(file)
-        for start, nbytes in ranges:
-            _forget(file, start, nbytes)
-
-
-def _forget(file: BinaryIO, start: int, nbytes: int) -> None:
-    """Let the system take what it keeps in memory of a file, where it can be told: nobody reads it soon."""
+    _sync(file)
     if sys.platform == "linux":
-        os.posix_fadvise(file.fileno(), start, nbytes, os.POSIX_FADV_DONTNEED)
+        for start, nbytes in ranges:
+            os.posix_fadvise(file.fileno(), start, nbytes, os.POSIX_FADV_DONTNEED)
 
 
 def _sync_file(path: Path) -> None:

@@ -7,14 +7,17 @@ import threading
 from collections.abc import Callable, Hashable
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache
-from typing import Any, TypeVar
+from typing import Any, ParamSpec, TypeVar
 
 import torch
 
 CHUNK_SCORES = 1 << 18  # a thread's helping: less than a millisecond, so that small matrices have some for all
 KEPT = 3  # kinds of work that follow one another again and again
 Scratch = TypeVar("Scratch")
+T = TypeVar("T")
+P = ParamSpec("P")
 _own: Any = threading.local()
+_limits: Any = threading.local()
 
 
 def over_chunks(
@@ -35,12 +38,22 @@ def over_chunks(
         for first, last in chunks:  # shared: the next one goes to whoever asks first
             work(first, last, own)
 
-    workers = min(torch.get_num_threads(), -(-count // size))
+    workers = min(getattr(_limits, "threads", torch.get_num_threads()), -(-count // size))
     if workers <= 1:
         help_out()
         return
-    for future in [_pool(workers).submit(help_out) for _ in range(workers)]:
+    for future in [_pool(torch.get_num_threads()).submit(help_out) for _ in range(workers)]:
         future.result()
+
+
+def limited(work: Callable[P, T], threads: int) -> Callable[P, T]:
+    """The same work, for which its thread may have so many threads: others have the rest."""
+
+    def with_its_share(*args: P.args, **kwargs: P.kwargs) -> T:
+        _limits.threads = threads
+        return work(*args, **kwargs)
+
+    return with_its_share
 
 
 def _scratch(key: Hashable, allocate: Callable[[], Scratch]) -> Scratch:

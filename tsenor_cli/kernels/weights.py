@@ -28,6 +28,18 @@ def keep_bits(bits: Bits, mask: Mask, kept: Bits) -> None:
     over_chunks(chunk, bits.size, CHUNK_SCORES, (None, lambda: None))
 
 
+def zeros(bits: Bits) -> int:
+    """How many of these are 0: 16 to 64 bits."""
+    flat, count = bits.reshape(-1), _compile_count(bits.dtype)
+    counts = np.zeros(-(-flat.size // CHUNK_SCORES), np.int64)
+
+    def chunk(first: int, last: int, _: None) -> None:
+        counts[first // CHUNK_SCORES] = count(flat[first:last])
+
+    over_chunks(chunk, flat.size, CHUNK_SCORES, (None, lambda: None))
+    return int(counts.sum())
+
+
 def squares(weight: npt.NDArray[Any]) -> float:
     """Σ w² in float64 of weight [rows, cols]: float32, or bfloat16 as uint16. The same for any number of threads."""
     rows, cols = weight.shape
@@ -51,6 +63,13 @@ def _compile_keep(dtype: np.dtype[Any]) -> Untyped:
 
 
 @cache
+def _compile_count(dtype: np.dtype[Any]) -> Untyped:
+    with compiling():
+        _count(np.empty(0, dtype))
+    return _count
+
+
+@cache
 def _compile_squares(dtype: np.dtype[Any]) -> Untyped:
     with compiling():
         _add_squares(np.empty((0, 0), dtype), 0, 0, np.empty(0))
@@ -63,6 +82,14 @@ def _keep(bits: Bits, mask: Mask, minus_zero: np.unsignedinteger[Any], kept: Bit
     for k in range(len(bits)):
         found = bits[k] * mask[k]
         kept[k] = found if found != minus_zero else zero
+
+
+@compiled
+def _count(bits: Bits) -> int:
+    found, zero = 0, bits.dtype.type(0)
+    for k in range(len(bits)):
+        found += bits[k] == zero
+    return found
 
 
 @compiled

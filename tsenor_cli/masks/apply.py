@@ -28,6 +28,10 @@ def apply_mask(weight: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
 
 def count_zeros(weight: torch.Tensor) -> int:
     """How many weights are +0.0; counted on the bits, which is 25 times as fast on bfloat16."""
+    if weight.device.type == "cpu" and weight.is_contiguous():
+        from tsenor_cli.kernels.weights import zeros  # loads numba
+
+        return zeros(weight.view(_UNSIGNED[weight.element_size()]).numpy())
     return weight.numel() - int(torch.count_nonzero(weight.view(_BITS[weight.element_size()])))
 
 
