@@ -114,10 +114,9 @@ def measure(folder: Path, size: int, shapes: Shapes, options: list[str]) -> tupl
     print(
         f"prune                {run['seconds']:8.1f} s     {(run['seconds'] - solve_s) / copy_s:.2f} copies and solving"
     )
-    foretold = said["forecast"]["seconds"]
-    print(
-        f"--dry-run says       {foretold:8.1f} s     {foretold / run['seconds'] - 1:+.0%}; {said['forecast']['stages']}"
-    )
+    foretold, stages, whole = said["forecast"]["seconds"], said["forecast"]["stages"], run["whole"]
+    print(f"  with the imports   {whole:8.1f} s")
+    print(f"--dry-run says       {foretold:8.1f} s     {foretold / whole - 1:+.0%}; {stages}")
     print(f"verify               {alone['seconds']:8.1f} s     {alone['seconds'] / copy_s:.2f} copies")
     print(f"verify --against     {check['seconds']:8.1f} s     {check['seconds'] / copy_s:.2f} copies")
     print(f"  peak               {check['peak'] / MIB:8.0f} MiB")
@@ -283,7 +282,7 @@ def timed_copy(source: Path, target: Path) -> float:
 
 def run_child(folder: Path, command: list[str]) -> dict[str, float]:
     """Run tsenor in a fresh process; its own figures, and the largest that were sampled from outside."""
-    record = folder / "record.json"
+    record, started = folder / "record.json", time.monotonic()
     child = subprocess.Popen([sys.executable, __file__, "--in-child", str(record), *command], env=ENVIRONMENT)
     sampled = {"anonymous": 0, "file": 0}
     sampler = threading.Thread(target=sample, args=(child, sampled))
@@ -292,7 +291,7 @@ def run_child(folder: Path, command: list[str]) -> dict[str, float]:
     sampler.join()
     if status != 0:
         sys.exit(f"tsenor failed with exit code {status}")
-    return sampled | json.loads(record.read_text(encoding="utf-8"))
+    return sampled | {"whole": time.monotonic() - started} | json.loads(record.read_text(encoding="utf-8"))
 
 
 def sample(child: subprocess.Popen[bytes], largest: dict[str, int]) -> None:

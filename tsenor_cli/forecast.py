@@ -13,7 +13,8 @@ from tsenor_cli.distribution import balance, loads, share_out
 from tsenor_cli.specs import NMPattern
 
 _START_S = 4.0  # to import and to plan
-_BUSY = 0.8  # of their time cores are busy, which wait for one another in between (docs/measured.md)
+_BUSY = 0.9  # of their time cores are busy, which wait for one another in between (docs/measured.md)
+_COPIED = 2.5e9  # bytes a second that a core copies from the system's cache or to it (docs/measured.md)
 
 
 @dataclass(frozen=True)
@@ -128,13 +129,13 @@ def _streaming(
 
 
 def _together(stages: dict[str, float], rates: Rates) -> float:
-    """Reading, solving, hashing and writing overlap, as far as there are cores for all; layers come one by one."""
-    streamed = {name: stages[name] for name in ("reading", "masks", "hashing", "writing")}
-    longest = max(streamed.values())
-    if rates.cores:  # solving has all of them; a disk that is written through the system's cache takes one, too
-        busy = streamed["masks"] * rates.cores + streamed["reading"] + streamed["hashing"] + streamed["writing"]
-        longest = max(longest, busy / rates.cores / _BUSY)
-    return longest + sum(seconds for name, seconds in stages.items() if name not in streamed)
+    """The disk, solving and hashing overlap, as far as there are cores for all; layers come one by one."""
+    reading, masks, hashing, writing = (stages[name] for name in ("reading", "masks", "hashing", "writing"))
+    longest = max(reading + writing, masks, hashing)
+    if rates.cores:
+        copying = 2 * hashing * rates.hash / _COPIED  # what is hashed has been read and will be written
+        longest = max(longest, (masks * rates.cores + hashing + copying) / rates.cores / _BUSY)
+    return longest + sum(stages.values()) - (reading + masks + hashing + writing)
 
 
 def _calibrating(plan: Plan, rates: Rates, size: int, tokens: int) -> dict[str, float]:

@@ -25,7 +25,7 @@ HIDDEN_STATES = "hidden states"
 BAND_BYTES = 4 * 2**20
 # Expected peak above the imports, docs/measured.md: the bands that are read, pruned and written at a time, per element
 # of one; and what is there once: the kernels' code, the meta model, buffers.
-_BYTES_PER_ELEMENT, FIXED_BYTES = 32, 192 * 2**20
+_BYTES_PER_ELEMENT, FIXED_BYTES = 32, 224 * 2**20
 
 
 @dataclass(frozen=True)
