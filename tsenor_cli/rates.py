@@ -104,11 +104,13 @@ def _read_rate(plan: Plan) -> float:
 def _write_rate(output: Path, nbytes: int) -> float:
     """To the disk, through the system's cache, of a file without a name; put to disk behind the back, as in a run."""
     place = next(parent for parent in output.absolute().parents if parent.exists())
-    block, done, started = os.urandom(COPY_BYTES), 0, time.perf_counter()
+    block, done, started, settling = os.urandom(COPY_BYTES), 0, time.perf_counter(), []
     with tempfile.TemporaryFile(dir=place, buffering=0) as file, ThreadPoolExecutor(1) as syncer:
         while done < nbytes and time.perf_counter() - started < _ENOUGH_S:
             first = done
             while done - first < min(SETTLE_BYTES, nbytes):
                 done += file.write(block)
-            syncer.submit(settle, cast("BinaryIO", file), [(first, done - first)])
+            settling.append(syncer.submit(settle, cast("BinaryIO", file), [(first, done - first)]))
+        for each in settling:
+            each.result()
     return max(done, 1) / (time.perf_counter() - started)
