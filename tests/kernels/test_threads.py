@@ -56,8 +56,9 @@ def test_who_is_given_one_thread_works_alone():
     alone.join()
     assert seen == [alone.ident] * 10
     seen.clear()
+    limited(over_chunks, 1)(lambda *_: None, *items)
     over_chunks(lambda *_: seen.append(threading.get_ident()), *items)
-    assert threading.get_ident() not in seen
+    assert threading.get_ident() not in seen, "no longer than that work takes, and nobody else"
 
 
 def test_scratch_is_kept_for_its_key_alone(monkeypatch):

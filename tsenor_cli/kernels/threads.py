@@ -47,11 +47,14 @@ def over_chunks(
 
 
 def limited(work: Callable[P, T], threads: int) -> Callable[P, T]:
-    """The same work, for which its thread may have so many threads: others have the rest."""
+    """The same work, for which the thread that does it may have so many threads: others have the rest."""
 
     def with_its_share(*args: P.args, **kwargs: P.kwargs) -> T:
         _limits.threads = threads
-        return work(*args, **kwargs)
+        try:
+            return work(*args, **kwargs)
+        finally:
+            del _limits.threads
 
     return with_its_share
 
