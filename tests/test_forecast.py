@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import subprocess
 import sys
+import tempfile
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from test_distribution import plan_of
 
+from tsenor_cli.checkpoint.shard import DiskTensor
 from tsenor_cli.forecast import PLANNED, Rates, forecast
 from tsenor_cli.pipeline import plan_prune, predict
 from tsenor_cli.specs import GPU_TYPES, CalibrationSpec, Choice, Cluster, NMPattern, PruneSpec
@@ -73,6 +76,32 @@ def test_this_machine_is_measured_and_nothing_stays(llama, tmp_path):
     assert found.rates.cores >= 1
     assert all(1e5 < rate < 1e13 for rate in (*found.rates.solve.values(), found.rates.write, found.rates.hash))
     assert set(tmp_path.rglob("*")) == before
+
+
+def test_reading_is_tried_all_over_the_files_and_no_byte_twice(llama, tmp_path, monkeypatch):
+    read = []
+
+    def read_bytes(tensor, first, last):
+        read.append((tensor.name, first, last))
+        return bytes(last - first)
+
+    monkeypatch.setattr(DiskTensor, "read_bytes", read_bytes)
+    spec = PruneSpec(str(llama), tmp_path / "out", NMPattern(2, 4))
+    plan = plan_prune(spec)
+    predict(spec, plan)
+    assert sorted(read) == sorted((item.tensor.name, 0, item.tensor.nbytes) for item in plan.tensors)
+    assert [name for name, *_ in read] != [item.tensor.name for item in plan.tensors]
+
+
+def test_where_nothing_can_be_written_writing_is_taken_to_be_reading(llama, tmp_path, monkeypatch):
+    def refuse(**_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(tempfile, "TemporaryFile", refuse)
+    spec = PruneSpec(str(llama), tmp_path / "out", NMPattern(2, 4))
+    found = predict(spec, plan_prune(spec)).rates
+    assert found.write == found.read
+    assert "as fast as reading (No space left on device)" in found.where
 
 
 def test_calibrated_methods_take_longer_the_more_they_see(llama, tmp_path):

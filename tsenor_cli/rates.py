@@ -1,21 +1,22 @@
-"""What this machine gets done, measured in a second or two, with the code that a run uses."""
+"""What this machine gets done, measured in a few seconds, with the code that a run uses."""
 
 from __future__ import annotations
 
 import hashlib
 import math
 import os
+import random
 import tempfile
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import BinaryIO, cast
+from typing import BinaryIO, TypeAlias, cast
 
 import torch
 
 from tsenor_cli.checkpoint.plan import BAND_BYTES, Plan
-from tsenor_cli.checkpoint.shard import COPY_BYTES
+from tsenor_cli.checkpoint.shard import COPY_BYTES, DiskTensor
 from tsenor_cli.checkpoint.writer import SETTLE_BYTES, settle
 from tsenor_cli.forecast import Rates
 from tsenor_cli.pruners.base import SolveMask
@@ -23,10 +24,13 @@ from tsenor_cli.pruners.magnitude import Magnitude
 from tsenor_cli.report.build import Tally
 from tsenor_cli.specs import NMPattern
 
-_ENOUGH_S = 1.5  # to spend on the disk
-_SAMPLE_BYTES = 2**30  # at most, of a file that is never seen
-_PLACES = 64  # that are read
+_TURNS = 3  # of reading and writing: a disk that others use changes its speed from second to second
+_TURN_S = 1.0  # to read, and to write
+_SAMPLE_BYTES = 2**29  # to write in a turn at most, to a file that is never seen
 _TIMES = 10  # to do what takes milliseconds; others' work on the machine disturbs it
+
+_Turn: TypeAlias = tuple[int, float]  # bytes, seconds
+_Places: TypeAlias = Iterator[tuple[DiskTensor, int]]
 
 
 def measure_rates(plan: Plan, output: Path, solvers: Mapping[NMPattern, SolveMask]) -> Rates:
@@ -39,17 +43,9 @@ def measure_rates(plan: Plan, output: Path, solvers: Mapping[NMPattern, SolveMas
     """
     cores = torch.get_num_threads()
     patterns = {item.choice.pattern for item in plan.pruned if item.choice is not None}
-    where, read = f"measured on this machine, {cores} threads", math.inf
-    if plan.checkpoint.fetched_bytes:
-        where += ", as if the hub were never waited for"
-    else:
-        read = _read_rate(plan)
-    try:
-        write = _write_rate(output, min(plan.checkpoint.nbytes, _SAMPLE_BYTES))
-    except OSError as error:
-        where, write = f"{where}; writing taken to be as fast as reading ({error.strerror})", read
+    read, write, but = _disk_rates(plan, output)
     return Rates(
-        where=where,
+        where=f"measured on this machine, {cores} threads{but}",
         solve={(pattern.m, pattern.transposable): _solve_rate(pattern, solvers[pattern]) for pattern in patterns},
         matmul=_matmul_rate() if plan.calibrated else 1.0,
         read=read,
@@ -92,25 +88,53 @@ def _hash_rate() -> float:
     return len(block) / _best(lambda: hashlib.sha256(block))
 
 
-def _read_rate(plan: Plan) -> float:
-    """From all over the files: what of them is in memory already is so for the run, too."""
-    tensors = [item.tensor for item in plan.tensors if item.tensor.nbytes]
+def _disk_rates(plan: Plan, output: Path) -> tuple[float, float, str]:
+    """Of reading and of writing, by turns; and what is to be said of them."""
+    remote = plan.checkpoint.fetched_bytes > 0
+    places, but = iter(()) if remote else _places(plan), ", as if the hub were never waited for" if remote else ""
+    read: list[_Turn] = []
+    written: list[_Turn] = []
+    for _ in range(_TURNS):
+        read.append(_read(places))
+        try:
+            written.append(_write(output, min(plan.checkpoint.nbytes, _SAMPLE_BYTES)))
+        except OSError as error:
+            return _rate(read), _rate(read), f"{but}; writing taken to be as fast as reading ({error.strerror})"
+    return _rate(read), _rate(written), but
+
+
+def _rate(turns: Sequence[_Turn]) -> float:
+    nbytes = sum(done for done, _ in turns)
+    return nbytes / sum(seconds for _, seconds in turns) if nbytes else math.inf
+
+
+def _places(plan: Plan) -> _Places:
+    """All over the files: what of them is in memory already is so for the run, too."""
+    tensors = [item.tensor for item in plan.tensors]
+    places = [(tensor, first) for tensor in tensors for first in range(0, tensor.nbytes, COPY_BYTES)]
+    random.Random(0).shuffle(places)  # noqa: S311  (nothing secret)
+    return iter(places)
+
+
+def _read(places: _Places) -> _Turn:
     done, started = 0, time.perf_counter()
-    for tensor in tensors[:: -(-len(tensors) // _PLACES) or 1]:
-        done += len(tensor.read_bytes(0, min(COPY_BYTES, tensor.nbytes)))
-    return max(done, 1) / (time.perf_counter() - started)
+    for tensor, first in places:
+        done += len(tensor.read_bytes(first, min(first + COPY_BYTES, tensor.nbytes)))
+        if time.perf_counter() - started > _TURN_S:
+            break
+    return done, time.perf_counter() - started
 
 
-def _write_rate(output: Path, nbytes: int) -> float:
+def _write(output: Path, nbytes: int) -> _Turn:
     """To the disk, through the system's cache, of a file without a name; put to disk behind the back, as in a run."""
     place = next(parent for parent in output.absolute().parents if parent.exists())
     block, done, started, settling = os.urandom(COPY_BYTES), 0, time.perf_counter(), []
     with tempfile.TemporaryFile(dir=place, buffering=0) as file, ThreadPoolExecutor(1) as syncer:
-        while done < nbytes and time.perf_counter() - started < _ENOUGH_S:
+        while done < nbytes and time.perf_counter() - started < _TURN_S:
             first = done
             while done - first < min(SETTLE_BYTES, nbytes):
                 done += file.write(block)
             settling.append(syncer.submit(settle, cast("BinaryIO", file), [(first, done - first)]))
         for each in settling:
             each.result()
-    return max(done, 1) / (time.perf_counter() - started)
+    return done, time.perf_counter() - started
