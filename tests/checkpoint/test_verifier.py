@@ -11,6 +11,7 @@ import torch
 from checkpoints import read_shards
 from safetensors.torch import load_file, save_file
 
+from tsenor_cli.checkpoint import verifier
 from tsenor_cli.checkpoint.reader import open_checkpoint
 from tsenor_cli.errors import CheckFailed, InputRefused
 from tsenor_cli.pipeline import prune, verify
@@ -96,6 +97,15 @@ def test_columns_are_checked_even_if_every_row_is_right(sparse):
     found = verify(str(sparse)).failures
     assert [failure.where for failure in found] == [NAME]
     assert "along the output axis" in found[0].what
+
+
+@pytest.mark.parametrize("m", [2, 3, 4, 6, 8, 15, 24, 32, 62, 64])
+def test_nonzeros_are_counted_in_groups_of_any_size(m):
+    nonzero = torch.rand(3, 2 * m, 6 * m, generator=torch.Generator().manual_seed(m)) < 0.7
+    nonzero[0] = True  # all m of every group
+    counts = verifier._group_counts(nonzero, NMPattern(1, m))
+    assert torch.equal(counts[-1].long(), nonzero.view(3, 2 * m, 6, m).sum(-1))
+    assert torch.equal(counts[-2].long(), nonzero.view(3, 2, m, 6 * m).sum(-2))
 
 
 def test_fewer_nonzeros_are_allowed_and_said(sparse):

@@ -13,10 +13,11 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
+from itertools import groupby
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -26,13 +27,13 @@ from tsenor_cli.checkpoint.layouts import LAYOUTS, Layout, banded_axis, fits, ma
 from tsenor_cli.checkpoint.maskfile import mask_fits, saved_masks, unpack_mask
 from tsenor_cli.checkpoint.plan import bands, make_plan
 from tsenor_cli.checkpoint.reader import MASKS_DIRECTORY, Checkpoint
-from tsenor_cli.checkpoint.shard import PRUNABLE_DTYPES, DiskTensor
+from tsenor_cli.checkpoint.shard import COPY_BYTES, PRUNABLE_DTYPES, DiskTensor
 from tsenor_cli.checkpoint.writer import REPORT_FILE, WRITTEN_ANEW
 from tsenor_cli.errors import CheckFailed, InputRefused, UsageError
 from tsenor_cli.overlap import ahead
 from tsenor_cli.specs import UPDATING, NMPattern, PruneSpec
 
-_READ_AHEAD = 2  # bands
+_READ_AHEAD = _AT_ONCE = 2  # bands
 _PIECE = 2**20  # bytes of a file that are compared at a time
 _INTEGERS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
 Progress = Callable[[str, int], None]
@@ -99,6 +100,35 @@ class _PrunedClaim:
     mask_sha256: str | None = None  # of its packed mask, if it is saved
 
 
+@dataclass(frozen=True, eq=False)
+class _Subject:
+    """A tensor to check, and what it is compared with."""
+
+    tensor: DiskTensor
+    claimed: _PrunedClaim
+    mask: DiskTensor | None
+    source: DiskTensor | None  # of which a mask was taken, and nothing else changed
+
+
+class _Band(NamedTuple):
+    """Some of its leading axis."""
+
+    subject: _Subject
+    first: int
+    values: torch.Tensor
+    source: torch.Tensor | None
+    mask: torch.Tensor | None
+
+
+class _Counts(NamedTuple):
+    """What was found in a band."""
+
+    groups: int
+    exact: bool
+    zeros: int
+    wrong: dict[str, torch.Tensor]  # by what it is, where [.., out, in]
+
+
 def verify_checkpoint(
     checkpoint: Checkpoint, pattern: NMPattern | None, original: Checkpoint | None, advanced: Progress
 ) -> Verification:
@@ -111,17 +141,8 @@ def verify_checkpoint(
         str(original.directory) if original else None,
         claim.trained,
     )
-    hashes: dict[str, str] = {}
     masks = _masks(checkpoint, claim, result)
-    for name, claimed in claim.tensors.items():
-        tensor = checkpoint.tensors.get(name)
-        if tensor is None or tensor.dtype not in PRUNABLE_DTYPES or not fits(tensor.shape, claimed.layout):
-            result.failures.append(Failure(name, "not in the checkpoint as the report describes it"))
-            continue
-        source = original.tensors.get(name) if original and claimed.mask_only and not claim.trained else None
-        comparable = source is not None and (source.dtype, source.shape) == (tensor.dtype, tensor.shape)
-        source = source if comparable else None
-        hashes[name] = _check_pruned(tensor, claimed, masks.get(name), source, result, advanced)
+    hashes = _check_pruned(list(_subjects(checkpoint, original, claim, masks, result)), result, advanced)
     if original is not None:
         changed = set(original.tensors) if claim.trained else set(claim.tensors)
         result.failures += _differences(checkpoint, original, changed, hashes, advanced)
@@ -204,64 +225,94 @@ def _masks(checkpoint: Checkpoint, claim: _Claim, result: Verification) -> dict[
     return found
 
 
+def _subjects(
+    checkpoint: Checkpoint,
+    original: Checkpoint | None,
+    claim: _Claim,
+    masks: Mapping[str, DiskTensor],
+    result: Verification,
+) -> Iterator[_Subject]:
+    """The tensors said to be pruned that can be; the others are failures."""
+    for name, claimed in claim.tensors.items():
+        tensor = checkpoint.tensors.get(name)
+        if tensor is None or tensor.dtype not in PRUNABLE_DTYPES or not fits(tensor.shape, claimed.layout):
+            result.failures.append(Failure(name, "not in the checkpoint as the report describes it"))
+        elif not claimed.pattern.divides(*matrix_size(tensor.shape, claimed.layout)):
+            what = f"{claimed.pattern.m} does not divide its shape {list(tensor.shape)}"
+            result.failures.append(Failure(name, what))
+        else:
+            source = original.tensors.get(name) if original and claimed.mask_only and not claim.trained else None
+            comparable = source is not None and (source.dtype, source.shape) == (tensor.dtype, tensor.shape)
+            yield _Subject(tensor, claimed, masks.get(name), source if comparable else None)
+
+
 def _sha256(tensor: DiskTensor) -> str:
     digest = hashlib.sha256()
-    for chunk in tensor.chunks():
+    for (chunk,) in _chunks(tensor):
         digest.update(chunk)
     return digest.hexdigest()
 
 
-def _check_pruned(
-    tensor: DiskTensor,
-    claimed: _PrunedClaim,
-    mask: DiskTensor | None,
-    source: DiskTensor | None,
-    result: Verification,
-    advanced: Progress,
-) -> str:
-    """Check one tensor band by band; every kind of failure is reported once, with its count and first place.
+def _chunks(*tensors: DiskTensor) -> Iterator[tuple[bytearray | memoryview, ...]]:
+    """The bytes of tensors of one size, a few MiB of each at a time; the next are read meanwhile."""
+    nbytes = tensors[0].nbytes
+    places = ((first, min(first + COPY_BYTES, nbytes)) for first in range(0, nbytes, COPY_BYTES))
+    return ahead(lambda *place: tuple(tensor.read_bytes(*place) for tensor in tensors), places, _READ_AHEAD)
 
-    Returns the hash of its bytes. Bands are read and hashed while others are checked.
+
+def _check_pruned(subjects: Sequence[_Subject], result: Verification, advanced: Progress) -> dict[str, str]:
+    """Check tensors band by band; every kind of failure is reported once for each, with its count and first place.
+
+    Returns the hashes of their bytes. Bands are read, checked and hashed at once.
     """
-    layout, pattern = claimed.layout, claimed.pattern
-    if not pattern.divides(*matrix_size(tensor.shape, layout)):
-        result.failures.append(Failure(tensor.name, f"{pattern.m} does not divide its shape {list(tensor.shape)}"))
-        return _sha256(tensor)
-    digest = hashlib.sha256()
+    places = (
+        (subject, *rows)
+        for subject in subjects
+        for rows in bands(subject.tensor, subject.claimed.layout, subject.claimed.pattern.m)
+    )
+    counted = ahead(_counted, ahead(_read, places, _READ_AHEAD), _AT_ONCE, threads=_AT_ONCE)
+    hashes = {}
+    for subject, parts in groupby(counted, lambda part: part[0].subject):
+        digest, found, name = hashlib.sha256(), dict[str, Failure](), subject.tensor.name
+        groups, exact, zeros = 0, True, 0
+        for band, counts in parts:
+            digest.update(band.values.view(-1).view(torch.uint8).numpy().data)
+            groups, exact, zeros = groups + counts.groups, exact and counts.exact, zeros + counts.zeros
+            _collect(found, name, counts.wrong, subject.claimed.layout, band.first)
+            advanced(name, band.values.nbytes)
+        result.failures += found.values()
+        result.tensors.append(TensorCheck(name, groups, exact, zeros, subject.mask is not None))
+        hashes[name] = digest.hexdigest()
+    return hashes
 
-    def read(first: int, last: int) -> tuple[int, torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
-        band = tensor.read(first, last)
-        digest.update(band.view(-1).view(torch.uint8).numpy().data)
-        kept = None if mask is None else unpack_mask(mask.read(first, last), band.shape)
-        return first, band, None if source is None else source.read(first, last), kept
 
-    found: dict[str, Failure] = {}
-    groups = zeros = 0
-    exact = True
-    for first, band, original, mask_band in ahead(read, bands(tensor, layout, pattern.m), _READ_AHEAD):
-        weight = to_matrices(band, layout)
-        bits = weight.view(_INTEGERS[weight.element_size()])
-        nonzero = bits * 2 != 0  # without the sign
-        wrong = _unsound(weight, bits)
-        if original is not None:
-            kept = to_matrices(original, layout).view(bits.dtype) * nonzero
-            if not torch.equal(kept, bits):
-                wrong["a kept weight that is not the original's"] = (kept != bits) & nonzero
-        if mask_band is not None:
-            wrong |= _wrong_mask(to_matrices(mask_band, layout), nonzero, pattern)
-        for axis, counts in _group_counts(nonzero, pattern).items():
-            groups += counts.numel()
-            fewest, most = map(int, torch.aminmax(counts))
-            exact = exact and fewest == most == pattern.n
-            if most > pattern.n:
-                too_many = (counts > pattern.n).repeat_interleave(pattern.m, axis)  # back to one entry per weight
-                wrong[f"in a group of {pattern.m} along {_AXIS_NAMES[axis]} with more than {pattern.n}"] = too_many
-        zeros += nonzero.numel() - int(torch.count_nonzero(nonzero))
-        _collect(found, tensor.name, wrong, layout, first)
-        advanced(tensor.name, band.nbytes)
-    result.failures += found.values()
-    result.tensors.append(TensorCheck(tensor.name, groups, exact, zeros, mask is not None))
-    return digest.hexdigest()
+def _read(subject: _Subject, first: int, last: int) -> tuple[_Band]:
+    band, source, mask = subject.tensor.read(first, last), subject.source, subject.mask
+    kept = None if mask is None else unpack_mask(mask.read(first, last), band.shape)
+    return (_Band(subject, first, band, None if source is None else source.read(first, last), kept),)
+
+
+def _counted(band: _Band) -> tuple[_Band, _Counts]:
+    layout, pattern = band.subject.claimed.layout, band.subject.claimed.pattern
+    weight = to_matrices(band.values, layout)
+    bits = weight.view(_INTEGERS[weight.element_size()])
+    nonzero = (bits * 2).bool()  # without the sign
+    wrong = _unsound(weight, bits)
+    if band.source is not None:
+        kept = to_matrices(band.source, layout).view(bits.dtype) * nonzero
+        if not torch.equal(kept, bits):
+            wrong["a kept weight that is not the original's"] = (kept != bits) & nonzero
+    if band.mask is not None:
+        wrong |= _wrong_mask(to_matrices(band.mask, layout), nonzero, pattern)
+    groups, exact, in_groups = 0, True, _group_counts(nonzero, pattern)
+    for axis, counts in in_groups.items():
+        groups += counts.numel()
+        fewest, most = map(int, torch.aminmax(counts))
+        exact = exact and fewest == most == pattern.n
+        if most > pattern.n:
+            too_many = (counts > pattern.n).repeat_interleave(pattern.m, axis)  # back to one entry per weight
+            wrong[f"in a group of {pattern.m} along {_AXIS_NAMES[axis]} with more than {pattern.n}"] = too_many
+    return band, _Counts(groups, exact, nonzero.numel() - int(in_groups[-1].sum()), wrong)
 
 
 def _unsound(weight: torch.Tensor, bits: torch.Tensor) -> dict[str, torch.Tensor]:
@@ -291,14 +342,24 @@ _AXIS_NAMES = {-1: "the input axis", -2: "the output axis"}
 def _group_counts(nonzero: torch.Tensor, pattern: NMPattern) -> dict[int, torch.Tensor]:
     """Nonzeros in each group of M, by axis: -1 is the input axis, -2 the output axis (transposable only)."""
     ones, m = nonzero.contiguous().view(torch.uint8), pattern.m
-    counts = {-1: _sum(ones[..., i::m] for i in range(m))}
+    counts = {-1: _sums_of_neighbours(ones, m)}
     if pattern.transposable:
         counts[-2] = _sum(ones[..., i::m, :] for i in range(m))
     return counts
 
 
+def _sums_of_neighbours(ones: torch.Tensor, m: int) -> torch.Tensor:
+    """Of every m along the last axis of a uint8 tensor, at most 64: two bytes of a word at a time, while m is even.
+
+    Much faster than a reduction over a short axis, or than parts that are no neighbours in memory.
+    """
+    while m % 2 == 0:
+        pairs, m = ones.view(torch.int16), m // 2
+        ones = (pairs + (pairs >> 8)).to(torch.uint8)
+    return _sum(ones[..., i::m] for i in range(m))
+
+
 def _sum(parts: Iterator[torch.Tensor]) -> torch.Tensor:
-    """A sum of uint8 tensors, at most 64 ones each: much faster than a reduction over a short axis."""
     total = next(parts).clone()
     for part in parts:
         total += part
@@ -329,7 +390,7 @@ def _differences(
             yield Failure(name, f"{copy.dtype} {list(copy.shape)}, the original {tensor.dtype} {list(tensor.shape)}")
         elif name not in changed:
             digest, same = hashlib.sha256(), True
-            for chunk, wanted in zip(copy.chunks(), tensor.chunks(), strict=True):  # of one dtype and shape
+            for chunk, wanted in _chunks(copy, tensor):
                 digest.update(chunk)
                 same = same and _equal(chunk, wanted)
             hashes[name] = digest.hexdigest()
