@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from itertools import groupby
 from pathlib import Path
@@ -142,7 +142,7 @@ def verify_checkpoint(
         claim.trained,
     )
     masks = _masks(checkpoint, claim, result)
-    hashes = _check_pruned(list(_subjects(checkpoint, original, claim, masks, result)), result, advanced)
+    hashes = _check_pruned(_subjects(checkpoint, original, claim, masks, result), result, advanced)
     if original is not None:
         changed = set(original.tensors) if claim.trained else set(claim.tensors)
         result.failures += _differences(checkpoint, original, changed, hashes, advanced)
@@ -260,7 +260,7 @@ def _chunks(*tensors: DiskTensor) -> Iterator[tuple[bytearray | memoryview, ...]
     return ahead(lambda *place: tuple(tensor.read_bytes(*place) for tensor in tensors), places, _READ_AHEAD)
 
 
-def _check_pruned(subjects: Sequence[_Subject], result: Verification, advanced: Progress) -> dict[str, str]:
+def _check_pruned(subjects: Iterable[_Subject], result: Verification, advanced: Progress) -> dict[str, str]:
     """Check tensors band by band; every kind of failure is reported once for each, with its count and first place.
 
     Returns the hashes of their bytes. Bands are read, checked and hashed at once.
