@@ -106,6 +106,8 @@ def test_nonzeros_are_counted_in_groups_of_any_size(m):
     counts = verifier._group_counts(nonzero, NMPattern(1, m))
     assert torch.equal(counts[-1].long(), nonzero.view(3, 2 * m, 6, m).sum(-1))
     assert torch.equal(counts[-2].long(), nonzero.view(3, 2, m, 6 * m).sum(-2))
+    alone = nonzero[0].as_strided((1, 1, 2 * m, 6 * m), (1, 1, 6 * m, 1))  # contiguous: an axis of one may step anyhow
+    assert torch.equal(verifier._group_counts(alone, NMPattern(1, m))[-1][0, 0], counts[-1][0])
 
 
 def test_fewer_nonzeros_are_allowed_and_said(sparse):

@@ -353,10 +353,11 @@ def _sums_of_neighbours(ones: torch.Tensor, m: int) -> torch.Tensor:
 
     Much faster than a reduction over a short axis, or than parts that are no neighbours in memory.
     """
+    shape, ones = (*ones.shape[:-1], ones.shape[-1] // m), ones.flatten()
     while m % 2 == 0:
         pairs, m = ones.view(torch.int16), m // 2
         ones = (pairs + (pairs >> 8)).to(torch.uint8)
-    return _sum(ones[..., i::m] for i in range(m))
+    return _sum(ones[i::m] for i in range(m)).view(shape)
 
 
 def _sum(parts: Iterator[torch.Tensor]) -> torch.Tensor:
