@@ -30,7 +30,7 @@ _SAMPLE_BYTES = 2**29  # to write in a turn at most, to a file that is never see
 _TIMES = 10  # to do what takes milliseconds; others' work on the machine disturbs it
 
 _Turn: TypeAlias = tuple[int, float]  # bytes, seconds
-_Places: TypeAlias = Iterator[tuple[DiskTensor, int]]
+_Places: TypeAlias = Iterator[tuple[DiskTensor, int, int]]
 
 
 def measure_rates(plan: Plan, output: Path, solvers: Mapping[NMPattern, SolveMask]) -> Rates:
@@ -90,8 +90,9 @@ def _hash_rate() -> float:
 
 def _disk_rates(plan: Plan, output: Path) -> tuple[float, float, str]:
     """Of reading and of writing, by turns; and what is to be said of them."""
-    remote = plan.checkpoint.fetched_bytes > 0
-    places, but = iter(()) if remote else _places(plan), ", as if the hub were never waited for" if remote else ""
+    places, but = _places(plan), ""
+    if plan.checkpoint.fetched_bytes:
+        places, but = iter(()), ", as if the hub were never waited for"
     read: list[_Turn] = []
     written: list[_Turn] = []
     for _ in range(_TURNS):
@@ -110,16 +111,15 @@ def _rate(turns: Sequence[_Turn]) -> float:
 
 def _places(plan: Plan) -> _Places:
     """All over the files: what of them is in memory already is so for the run, too."""
-    tensors = [item.tensor for item in plan.tensors]
-    places = [(tensor, first) for tensor in tensors for first in range(0, tensor.nbytes, COPY_BYTES)]
+    places = [(item.tensor, *piece) for item in plan.tensors for piece in item.tensor.pieces()]
     random.Random(0).shuffle(places)  # noqa: S311  (nothing secret)
     return iter(places)
 
 
 def _read(places: _Places) -> _Turn:
     done, started = 0, time.perf_counter()
-    for tensor, first in places:
-        done += len(tensor.read_bytes(first, min(first + COPY_BYTES, tensor.nbytes)))
+    for tensor, first, last in places:
+        done += len(tensor.read_bytes(first, last))
         if time.perf_counter() - started > _TURN_S:
             break
     return done, time.perf_counter() - started

@@ -20,7 +20,6 @@ import torch
 from tsenor_cli.checkpoint.layouts import from_matrices, to_matrices
 from tsenor_cli.checkpoint.maskfile import pack_mask
 from tsenor_cli.checkpoint.plan import Plan, TensorPlan, bands
-from tsenor_cli.checkpoint.shard import COPY_BYTES
 from tsenor_cli.checkpoint.writer import OutputShards, Place, as_bytes
 from tsenor_cli.errors import InputRefused
 from tsenor_cli.kernels.threads import limited
@@ -171,8 +170,7 @@ def _parts(item: TensorPlan, nbytes: int | None = None) -> Iterator[_Part]:
         assert item.choice is not None
         found = bands(item.tensor, item.layout, item.choice.pattern.m, nbytes)
     else:
-        end = item.tensor.nbytes
-        found = [(first, min(first + COPY_BYTES, end)) for first in range(0, end, COPY_BYTES)] or [(0, 0)]
+        found = item.tensor.pieces() or [(0, 0)]
     return (_Part(item, first, last, last == found[-1][1]) for first, last in found)
 
 

@@ -11,8 +11,8 @@ import torch
 from checkpoints import read_shards
 from safetensors.torch import load_file, save_file
 
-from tsenor_cli.checkpoint import verifier
 from tsenor_cli.checkpoint.reader import open_checkpoint
+from tsenor_cli.checkpoint.soundness import group_counts
 from tsenor_cli.errors import CheckFailed, InputRefused
 from tsenor_cli.pipeline import prune, verify
 from tsenor_cli.specs import NMPattern, PruneSpec
@@ -103,11 +103,11 @@ def test_columns_are_checked_even_if_every_row_is_right(sparse):
 def test_nonzeros_are_counted_in_groups_of_any_size(m):
     nonzero = torch.rand(3, 2 * m, 6 * m, generator=torch.Generator().manual_seed(m)) < 0.7
     nonzero[0] = True  # all m of every group
-    counts = verifier._group_counts(nonzero, NMPattern(1, m))
+    counts = group_counts(nonzero, NMPattern(1, m))
     assert torch.equal(counts[-1].long(), nonzero.view(3, 2 * m, 6, m).sum(-1))
     assert torch.equal(counts[-2].long(), nonzero.view(3, 2, m, 6 * m).sum(-2))
     alone = nonzero[0].as_strided((1, 1, 2 * m, 6 * m), (1, 1, 6 * m, 1))  # contiguous: an axis of one may step anyhow
-    assert torch.equal(verifier._group_counts(alone, NMPattern(1, m))[-1][0, 0], counts[-1][0])
+    assert torch.equal(group_counts(alone, NMPattern(1, m))[-1][0, 0], counts[-1][0])
 
 
 def test_fewer_nonzeros_are_allowed_and_said(sparse):

@@ -107,8 +107,11 @@ class DiskTensor:
 
     def chunks(self) -> Iterator[bytearray | memoryview]:
         """The raw bytes, a few MiB at a time."""
-        for first in range(0, self.nbytes, COPY_BYTES):
-            yield self.read_bytes(first, min(first + COPY_BYTES, self.nbytes))
+        return (self.read_bytes(*piece) for piece in self.pieces())
+
+    def pieces(self) -> list[tuple[int, int]]:
+        """Where its bytes are cut into a few MiB each."""
+        return [(first, min(first + COPY_BYTES, self.nbytes)) for first in range(0, self.nbytes, COPY_BYTES)]
 
     def _read_uncached(self, offset: int, nbytes: int) -> memoryview | None:
         return read_uncached(self.path, self.start + offset, nbytes) if self.uncached and nbytes else None

@@ -12,7 +12,6 @@ only mask, every weight that is not zero is the original's. What was fine-tuned 
 from __future__ import annotations
 
 import hashlib
-import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from itertools import groupby
@@ -22,20 +21,20 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
-from tsenor_cli.checkpoint.jsonfile import read_object
-from tsenor_cli.checkpoint.layouts import LAYOUTS, Layout, banded_axis, fits, matrix_size, to_matrices
+from tsenor_cli.checkpoint.claims import Claim, PrunedClaim, claim_of
+from tsenor_cli.checkpoint.layouts import Layout, banded_axis, fits, matrix_size, to_matrices
 from tsenor_cli.checkpoint.maskfile import mask_fits, saved_masks, unpack_mask
-from tsenor_cli.checkpoint.plan import bands, make_plan
+from tsenor_cli.checkpoint.plan import bands
 from tsenor_cli.checkpoint.reader import MASKS_DIRECTORY, Checkpoint
-from tsenor_cli.checkpoint.shard import COPY_BYTES, PRUNABLE_DTYPES, DiskTensor
-from tsenor_cli.checkpoint.writer import REPORT_FILE, WRITTEN_ANEW
-from tsenor_cli.errors import CheckFailed, InputRefused, UsageError
+from tsenor_cli.checkpoint.shard import PRUNABLE_DTYPES, DiskTensor
+from tsenor_cli.checkpoint.soundness import Findings, examine
+from tsenor_cli.checkpoint.writer import WRITTEN_ANEW
+from tsenor_cli.errors import InputRefused
 from tsenor_cli.overlap import ahead
-from tsenor_cli.specs import UPDATING, NMPattern, PruneSpec
+from tsenor_cli.specs import NMPattern
 
 _READ_AHEAD = _AT_ONCE = 2  # bands
 _PIECE = 2**20  # bytes of a file that are compared at a time
-_INTEGERS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
 Progress = Callable[[str, int], None]
 
 
@@ -79,33 +78,12 @@ class Verification:
         return {"schema_version": 1, "ok": self.ok, **asdict(self)}
 
 
-@dataclass(frozen=True)
-class _Claim:
-    """What the checkpoint is said to be: by its own report, or by the user's pattern."""
-
-    tensors: dict[str, _PrunedClaim]  # those said to be pruned
-    hashes: dict[str, str] = field(default_factory=dict)  # of every tensor's bytes, if the report is to be believed
-    trained: bool = False  # after pruning: no weight is the original's
-
-    @property
-    def patterns(self) -> list[NMPattern]:
-        return list(dict.fromkeys(tensor.pattern for tensor in self.tensors.values()))
-
-
-@dataclass(frozen=True)
-class _PrunedClaim:
-    pattern: NMPattern
-    layout: Layout
-    mask_only: bool  # the weights that stay are the original's
-    mask_sha256: str | None = None  # of its packed mask, if it is saved
-
-
 @dataclass(frozen=True, eq=False)
 class _Subject:
     """A tensor to check, and what it is compared with."""
 
     tensor: DiskTensor
-    claimed: _PrunedClaim
+    claimed: PrunedClaim
     mask: DiskTensor | None
     source: DiskTensor | None  # of which a mask was taken, and nothing else changed
 
@@ -120,20 +98,11 @@ class _Band(NamedTuple):
     mask: torch.Tensor | None
 
 
-class _Counts(NamedTuple):
-    """What was found in a band."""
-
-    groups: int
-    exact: bool
-    zeros: int
-    wrong: dict[str, torch.Tensor]  # by what it is, where [.., out, in]
-
-
 def verify_checkpoint(
     checkpoint: Checkpoint, pattern: NMPattern | None, original: Checkpoint | None, advanced: Progress
 ) -> Verification:
     """Check everything and collect what fails; see the module's text for what is checked."""
-    claim = _claim(checkpoint, pattern)
+    claim = claim_of(checkpoint, pattern)
     result = Verification(
         str(checkpoint.directory),
         ", ".join(dict.fromkeys(map(str, claim.patterns))),
@@ -166,48 +135,7 @@ def verify_checkpoint(
     return result
 
 
-def _claim(checkpoint: Checkpoint, pattern: NMPattern | None) -> _Claim:
-    path = checkpoint.directory / REPORT_FILE
-    if path.is_file():
-        return _claim_of_report(path, pattern)
-    if pattern is None:
-        raise CheckFailed(
-            f"{checkpoint.directory} claims no sparsity: it has no {REPORT_FILE}",
-            "say what to check for with --nm N:M",
-            code="nothing-to-verify",
-        )
-    plan = make_plan(checkpoint, PruneSpec(str(checkpoint.directory), Path(), pattern))
-    found = {
-        item.tensor.name: _PrunedClaim(pattern, item.layout, mask_only=True) for item in plan.pruned if item.layout
-    }
-    if not found:
-        raise CheckFailed(
-            f"{checkpoint.directory} has no tensor that {pattern} fits", "see tsenor inspect", code="nothing-to-verify"
-        )
-    return _Claim(found)
-
-
-def _claim_of_report(path: Path, pattern: NMPattern | None) -> _Claim:
-    report = read_object(path)
-    try:
-        pruned = [record for record in report["tensors"] if record["action"] == "pruned"]
-        tensors = {record["name"]: _claim_of_record(record, report, pattern) for record in pruned}
-        hashes = {record["name"]: str(record["sha256"]) for record in report["tensors"]}
-        return _Claim(tensors, hashes if pattern is None else {}, trained=report.get("training") is not None)
-    except (KeyError, TypeError, ValueError, UsageError) as error:
-        raise InputRefused(
-            f"{path} is not a report of tsenor ({error})", "remove it and give --nm N:M", code="damaged-report"
-        ) from error
-
-
-def _claim_of_record(record: dict[str, Any], report: dict[str, Any], pattern: NMPattern | None) -> _PrunedClaim:
-    claimed = NMPattern.parse(record["pattern"], transposable=record["transposable"])
-    mask_only = record["method"] not in UPDATING or not report["options"]["update"]
-    mask_sha256 = record.get("mask_sha256") if pattern is None else None
-    return _PrunedClaim(pattern or claimed, LAYOUTS[LAYOUTS.index(record["layout"])], mask_only, mask_sha256)
-
-
-def _masks(checkpoint: Checkpoint, claim: _Claim, result: Verification) -> dict[str, DiskTensor]:
+def _masks(checkpoint: Checkpoint, claim: Claim, result: Verification) -> dict[str, DiskTensor]:
     """The packed masks that there have to be, by tensor; those that are not there, or fit no tensor, are failures."""
     wanted = [name for name, tensor in claim.tensors.items() if tensor.mask_sha256 is not None]
     try:
@@ -228,7 +156,7 @@ def _masks(checkpoint: Checkpoint, claim: _Claim, result: Verification) -> dict[
 def _subjects(
     checkpoint: Checkpoint,
     original: Checkpoint | None,
-    claim: _Claim,
+    claim: Claim,
     masks: Mapping[str, DiskTensor],
     result: Verification,
 ) -> Iterator[_Subject]:
@@ -255,9 +183,9 @@ def _sha256(tensor: DiskTensor) -> str:
 
 def _chunks(*tensors: DiskTensor) -> Iterator[tuple[bytearray | memoryview, ...]]:
     """The bytes of tensors of one size, a few MiB of each at a time; the next are read meanwhile."""
-    nbytes = tensors[0].nbytes
-    places = ((first, min(first + COPY_BYTES, nbytes)) for first in range(0, nbytes, COPY_BYTES))
-    return ahead(lambda *place: tuple(tensor.read_bytes(*place) for tensor in tensors), places, _READ_AHEAD)
+    return ahead(
+        lambda *piece: tuple(tensor.read_bytes(*piece) for tensor in tensors), tensors[0].pieces(), _READ_AHEAD
+    )
 
 
 def _check_pruned(subjects: Iterable[_Subject], result: Verification, advanced: Progress) -> dict[str, str]:
@@ -270,15 +198,15 @@ def _check_pruned(subjects: Iterable[_Subject], result: Verification, advanced: 
         for subject in subjects
         for rows in bands(subject.tensor, subject.claimed.layout, subject.claimed.pattern.m)
     )
-    counted = ahead(_counted, ahead(_read, places, _READ_AHEAD), _AT_ONCE, threads=_AT_ONCE)
+    examined = ahead(_examine, ahead(_read, places, _READ_AHEAD), _AT_ONCE, threads=_AT_ONCE)
     hashes = {}
-    for subject, parts in groupby(counted, lambda part: part[0].subject):
+    for subject, parts in groupby(examined, lambda part: part[0].subject):
         digest, found, name = hashlib.sha256(), dict[str, Failure](), subject.tensor.name
         groups, exact, zeros = 0, True, 0
-        for band, counts in parts:
+        for band, here in parts:
             digest.update(band.values.view(-1).view(torch.uint8).numpy().data)
-            groups, exact, zeros = groups + counts.groups, exact and counts.exact, zeros + counts.zeros
-            _collect(found, name, counts.wrong, subject.claimed.layout, band.first)
+            groups, exact, zeros = groups + here.groups, exact and here.exact, zeros + here.zeros
+            _collect(found, name, here.wrong, subject.claimed.layout, band.first)
             advanced(name, band.values.nbytes)
         result.failures += found.values()
         result.tensors.append(TensorCheck(name, groups, exact, zeros, subject.mask is not None))
@@ -292,79 +220,10 @@ def _read(subject: _Subject, first: int, last: int) -> tuple[_Band]:
     return (_Band(subject, first, band, None if source is None else source.read(first, last), kept),)
 
 
-def _counted(band: _Band) -> tuple[_Band, _Counts]:
-    layout, pattern = band.subject.claimed.layout, band.subject.claimed.pattern
-    weight = to_matrices(band.values, layout)
-    bits = weight.view(_INTEGERS[weight.element_size()])
-    nonzero = (bits * 2).bool()  # without the sign
-    wrong = _unsound(weight, bits)
-    if band.source is not None:
-        kept = to_matrices(band.source, layout).view(bits.dtype) * nonzero
-        if not torch.equal(kept, bits):
-            wrong["a kept weight that is not the original's"] = (kept != bits) & nonzero
-    if band.mask is not None:
-        wrong |= _wrong_mask(to_matrices(band.mask, layout), nonzero, pattern)
-    groups, exact, in_groups = 0, True, _group_counts(nonzero, pattern)
-    for axis, counts in in_groups.items():
-        groups += counts.numel()
-        fewest, most = map(int, torch.aminmax(counts))
-        exact = exact and fewest == most == pattern.n
-        if most > pattern.n:
-            too_many = (counts > pattern.n).repeat_interleave(pattern.m, axis)  # back to one entry per weight
-            wrong[f"in a group of {pattern.m} along {_AXIS_NAMES[axis]} with more than {pattern.n}"] = too_many
-    return band, _Counts(groups, exact, nonzero.numel() - int(in_groups[-1].sum()), wrong)
-
-
-def _unsound(weight: torch.Tensor, bits: torch.Tensor) -> dict[str, torch.Tensor]:
-    """Where weights are negative zeros or not finite, if any are: what is quick to exclude is not looked for."""
-    found = {}
-    if int(bits.min()) == torch.iinfo(bits.dtype).min:  # only the sign is set
-        found["a negative zero"] = bits == torch.iinfo(bits.dtype).min
-    if not all(map(math.isfinite, torch.stack(torch.aminmax(weight)).tolist())):  # NaN travels through min and max
-        found["not finite"] = ~torch.isfinite(weight)
-    return found
-
-
-def _wrong_mask(mask: torch.Tensor, nonzero: torch.Tensor, pattern: NMPattern) -> dict[str, torch.Tensor]:
-    """Where a mask [.., out, in] is none of the pattern, or not that of the weights."""
-    wrong = {"not zero, and its mask drops it": nonzero & ~mask}
-    for axis, counts in _group_counts(mask, pattern).items():
-        others = counts != pattern.n
-        if bool(others.any()):
-            what = f"in a group of {pattern.m} along {_AXIS_NAMES[axis]} of which the mask does not keep {pattern.n}"
-            wrong[what] = others.repeat_interleave(pattern.m, axis)
-    return wrong
-
-
-_AXIS_NAMES = {-1: "the input axis", -2: "the output axis"}
-
-
-def _group_counts(nonzero: torch.Tensor, pattern: NMPattern) -> dict[int, torch.Tensor]:
-    """Nonzeros in each group of M, by axis: -1 is the input axis, -2 the output axis (transposable only)."""
-    ones, m = nonzero.contiguous().view(torch.uint8), pattern.m
-    counts = {-1: _sums_of_neighbours(ones, m)}
-    if pattern.transposable:
-        counts[-2] = _sum(ones[..., i::m, :] for i in range(m))
-    return counts
-
-
-def _sums_of_neighbours(ones: torch.Tensor, m: int) -> torch.Tensor:
-    """Of every m along the last axis of a uint8 tensor, at most 64: two bytes of a word at a time, while m is even.
-
-    Much faster than a reduction over a short axis, or than parts that are no neighbours in memory.
-    """
-    shape, ones = (*ones.shape[:-1], ones.shape[-1] // m), ones.flatten()
-    while m % 2 == 0:
-        pairs, m = ones.view(torch.int16), m // 2
-        ones = (pairs + (pairs >> 8)).to(torch.uint8)
-    return _sum(ones[i::m] for i in range(m)).view(shape)
-
-
-def _sum(parts: Iterator[torch.Tensor]) -> torch.Tensor:
-    total = next(parts).clone()
-    for part in parts:
-        total += part
-    return total
+def _examine(band: _Band) -> tuple[_Band, Findings]:
+    claimed = band.subject.claimed
+    source, mask = (None if part is None else to_matrices(part, claimed.layout) for part in (band.source, band.mask))
+    return band, examine(to_matrices(band.values, claimed.layout), claimed.pattern, source, mask)
 
 
 def _collect(found: dict[str, Failure], name: str, wrong: dict[str, torch.Tensor], layout: Layout, first: int) -> None:
