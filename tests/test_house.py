@@ -17,7 +17,7 @@ MAY_IMPORT = {
     "__main__": {"cli"},
     "cli": {"pipeline", "distributed", "forecast", "recipe", "checkpoint", "calibration", "report", "bench"},
     "recipe": set(),
-    "calibration": {"checkpoint", "distributed", "pruners"},
+    "calibration": {"checkpoint", "distributed", "kernels", "pruners"},
     "bench": {"masks", "training"},
     "distributed": {"checkpoint", "report"},  # for the types of a plan and of a record only
     "distribution": {"checkpoint"},

@@ -10,6 +10,7 @@ from tsenor_cli.calibration.statistics import Accumulator, Collector
 from tsenor_cli.checkpoint.site import Site
 from tsenor_cli.distributed import Team
 from tsenor_cli.errors import InputRefused
+from tsenor_cli.kernels import syrk
 
 CPU = torch.device("cpu")
 
@@ -18,18 +19,30 @@ def noise(*shape, seed=0):
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
 
 
+@pytest.mark.parametrize("narrow", [False, True])
 @pytest.mark.parametrize("features", [1, 5, 64, 511, 512, 1000])
-def test_the_gram_matrix_of_several_batches(features):
+def test_the_gram_matrix_of_several_batches(features, narrow):
     x = noise(300, features).to(torch.bfloat16)
     sums = Accumulator(features, CPU, gram=True)
     for batch in x.split(128):
-        sums.add(batch.float())
+        sums.add(batch if narrow and syrk.takes(batch) else batch.float())
     stats = sums.result()
     exact = x.double().T @ x.double()
     assert stats.tokens == 300
     assert stats.gram.dtype == torch.float64
     assert torch.allclose(stats.gram.triu(), exact.triu(), rtol=1e-5, atol=1e-5 * exact.diagonal().mean().item())
     assert torch.equal(stats.squared_norms, stats.gram.diagonal())
+
+
+def test_blocks_of_columns_add_up_to_the_whole():
+    """As processes have them, on whatever this processor multiplies bfloat16 numbers with."""
+    x = noise(300, 700).to(torch.bfloat16)
+    x = x if syrk.takes(x) else x.float()
+    whole, parts = (Accumulator(700, CPU, gram=True) for _ in range(2))
+    whole.add(x)
+    for blocks in ([0, 1, 5], [2, 7], [3, 4, 6]):
+        parts.add(x, blocks)
+    assert torch.equal(whole.result().gram.triu(), parts.result().gram.triu())
 
 
 def test_norms_alone():

@@ -8,7 +8,8 @@ import torch
 from pruners.examples import make_inputs, make_weight, stats_of
 
 from tsenor_cli.kernels import stripes
-from tsenor_cli.kernels.stripes import LANES, Block, bring_up_to_date, finish, rounding
+from tsenor_cli.kernels.contract import UnusableScoresError
+from tsenor_cli.kernels.stripes import bring_up_to_date, close_block, finish, finish_all, open_block, rounding
 from tsenor_cli.pruners.base import BoundSolver
 from tsenor_cli.pruners.sparsegpt import SparseGPT
 from tsenor_cli.specs import NMPattern
@@ -16,16 +17,48 @@ from tsenor_cli.specs import NMPattern
 COLUMNS = 24
 
 
+def make_parts(outputs, m, dtype=np.float32, columns=COLUMNS):
+    """The arguments of open_block."""
+    rng = np.random.default_rng(0)
+    weight, updates = (rng.standard_normal((outputs, columns)).astype(dtype) for _ in range(2))
+    pull, local = rng.standard_normal((columns, columns)) / columns, np.triu(rng.standard_normal((columns // m, m, m)))
+    local += 2 * np.eye(m)
+    return weight, np.ascontiguousarray(updates.T), pull.astype(dtype), local.astype(dtype)
+
+
 def make_block(outputs, m, dtype=np.float32, columns=COLUMNS):
-    rng, groups = np.random.default_rng(0), -(-outputs // LANES)
-    values, change = (rng.standard_normal((groups, columns, LANES)).astype(dtype) for _ in range(2))
-    local = np.triu(rng.standard_normal((columns // m, m, m))) + 2 * np.eye(m)
-    return Block(values, change, rng.standard_normal((columns, columns)).astype(dtype), local.astype(dtype))
+    return open_block(*make_parts(outputs, m, dtype, columns))
 
 
 def flat(grouped, outputs):
     """[columns, outputs] float64 of [groups, columns, LANES]."""
     return grouped.transpose(1, 0, 2).reshape(grouped.shape[1], -1)[:, :outputs].astype(np.float64)
+
+
+def closed(block, outputs):
+    """What close_block writes down: weight, change, mask, and the two sums."""
+    columns, dtype = block.values.shape[1], block.values.dtype
+    weight, change = np.empty((outputs, columns), dtype), np.empty((columns, outputs), dtype)
+    mask = np.empty((outputs, columns), np.bool_)
+    return weight, change, mask, *close_block(block, weight, change, mask)
+
+
+TO_BFLOAT16 = rounding(torch.finfo(torch.bfloat16), torch.finfo(torch.float32))
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+@pytest.mark.parametrize("outputs", [1, 5, 16, 33])
+def test_a_block_is_opened_and_closed(outputs, dtype):
+    weight, updates, pull, local = make_parts(outputs, 4, dtype)
+    block = open_block(weight, updates, pull, local)
+    assert np.array_equal(flat(block.change, outputs), weight.T)
+    assert np.array_equal(flat(block.values, outputs), weight.T + updates)
+    block.kept[:] = block.values > 0
+    result, change, mask, lost, moved = closed(block, outputs)
+    assert np.array_equal(change, weight.T)
+    assert np.array_equal(result, weight + updates.T)
+    assert np.array_equal(mask, result > 0)
+    assert (lost, moved) == (0.0, 0.0)
 
 
 @pytest.mark.parametrize("dtype", [np.float32, np.float64])
@@ -35,7 +68,7 @@ def test_a_stripe_is_brought_up_to_date(outputs, m, first, dtype):
     stripe = slice(first, first + m)
     expected = flat(block.values, outputs)
     expected[stripe] += block.pull[stripe, :first].astype(np.float64) @ flat(block.change, outputs)[:first]
-    bring_up_to_date(block, first, m, scores)
+    bring_up_to_date(block, first, scores)
     assert np.allclose(flat(block.values, outputs), expected, rtol=1e-5, atol=1e-5)
     diagonal = block.local[first // m].diagonal()
     assert np.allclose(scores, (flat(block.values, outputs)[stripe] / diagonal[:, None]).T ** 2, rtol=1e-5)
@@ -46,9 +79,8 @@ def test_a_stripe_is_brought_up_to_date(outputs, m, first, dtype):
 def test_a_stripe_is_finished(outputs, m, first, narrow):
     block = make_block(outputs, m)
     mask = np.random.default_rng(1).random((outputs, m)) < 0.5
-    joined = np.zeros((outputs, COLUMNS), np.bool_)
     before, change = flat(block.values, outputs), flat(block.change, outputs)
-    finish(block, first, m, mask, rounding(torch.finfo(narrow), torch.finfo(torch.float32)), joined)
+    finish(block, first, mask, rounding(torch.finfo(narrow), torch.finfo(torch.float32)))
     errors, local = np.zeros((m, outputs)), block.local[first // m].astype(np.float64)
     for j in range(m):
         column = before[first + j] - local[:j, j] @ errors[:j]
@@ -59,8 +91,47 @@ def test_a_stripe_is_finished(outputs, m, first, narrow):
     change[stripe] -= before[stripe]
     assert np.allclose(flat(block.values, outputs), before, rtol=1e-5, atol=1e-5)
     assert np.allclose(flat(block.change, outputs), change, rtol=1e-5, atol=1e-5)
-    assert np.array_equal(joined[:, stripe], mask)
-    assert joined.sum() == mask.sum()
+    assert np.array_equal(flat(block.kept, outputs)[stripe].T, mask)
+    assert closed(block, outputs)[3:] == pytest.approx(((errors**2).sum(), (change[stripe] ** 2).sum()), rel=1e-5)
+
+
+def stripe_by_stripe(block, n, m, outputs):
+    """Each stripe's mask from a sort, the first of equals first; and Σ of what it keeps."""
+    scores, kept = np.empty((outputs, m), block.values.dtype), 0.0
+    for first in range(0, block.values.shape[1], m):
+        bring_up_to_date(block, first, scores)
+        mask, best = np.zeros(scores.shape, np.bool_), np.argsort(-scores, axis=1, kind="stable")[:, :n]
+        np.put_along_axis(mask, best, True, axis=1)
+        finish(block, first, mask, TO_BFLOAT16)
+        kept += scores[mask].sum(dtype=np.float64)
+    return kept
+
+
+@pytest.mark.parametrize(("n", "m"), [(2, 4), (1, 2), (1, 3), (5, 8), (12, 24)])
+@pytest.mark.parametrize("outputs", [1, 16, 33, 100])
+def test_all_stripes_at_once_are_the_same_as_one_by_one(outputs, n, m, monkeypatch):
+    """Bit for bit, with ties; in one chunk or many."""
+    expected = None
+    for size in (1, 1 << 20):
+        monkeypatch.setattr(stripes, "_CHUNK", size)
+        blocks = [make_block(outputs, m) for _ in range(2)]
+        for block in blocks:
+            block.values[:, ::3] = block.values[:, 1::3]
+        kept = finish_all(blocks[0], n, m, outputs, TO_BFLOAT16)
+        assert kept == pytest.approx(stripe_by_stripe(blocks[1], n, m, outputs), rel=1e-12)
+        results = [closed(block, outputs) for block in blocks]
+        assert all(np.array_equal(a, b) for a, b in zip(*results, strict=True))
+        expected = expected or (kept, *results[0])
+        assert all(np.array_equal(a, b) for a, b in zip(expected, (kept, *results[0]), strict=True))
+
+
+@pytest.mark.parametrize("value", [np.inf, np.nan, 1e30])
+def test_a_value_out_of_range_is_found(value):
+    """Also one whose score is."""
+    block = make_block(20, 4)
+    block.values[1, 9, 3] = value
+    with pytest.raises(UnusableScoresError):
+        finish_all(block, 2, 4, 20, TO_BFLOAT16)
 
 
 def test_threads_do_not_matter(monkeypatch):
@@ -69,18 +140,17 @@ def test_threads_do_not_matter(monkeypatch):
     for size in (1, 1 << 20):
         monkeypatch.setattr(stripes, "_CHUNK", size)
         block, scores = make_block(100, 4), np.empty((100, 4), np.float32)
-        bring_up_to_date(block, 8, 4, scores)
-        to = rounding(torch.finfo(torch.bfloat16), torch.finfo(torch.float32))
-        finish(block, 8, 4, scores > 1, to, np.empty((100, COLUMNS), np.bool_))
+        bring_up_to_date(block, 8, scores)
+        finish(block, 8, scores > 1, TO_BFLOAT16)
         results.append((block.values, block.change, scores))
     assert all(np.array_equal(a, b) for a, b in zip(*results, strict=True))
 
 
 def test_weights_of_all_shapes_run_the_same_code():
     """Arrays that are laid out otherwise would be compiled for once more, in the middle of a run."""
-    for out, features, m in [(8, 8, 4), (33, 160, 4), (40, 256, 32)]:
+    for out, features, m, transposable in [(8, 8, 4, False), (33, 160, 4, False), (40, 256, 8, True)]:
         weight, stats = make_weight(out, features, torch.bfloat16), stats_of(make_inputs(99, features))
-        SparseGPT().prune(weight, BoundSolver(NMPattern(m // 2, m, transposable=False)), stats)
+        SparseGPT().prune(weight, BoundSolver(NMPattern(m // 2, m, transposable)), stats)
     for kernel in stripes._compile(np.dtype(np.float32)):
         dtypes = [str(signature[0].types[0].dtype) for signature in kernel.signatures]
         assert len(set(dtypes)) == len(dtypes)
@@ -95,9 +165,9 @@ def test_rounding_is_that_of_torch(narrow):
     numbers = torch.cat([anything, grid, grid * (1 + 2.0**-11), grid * 2.0**-8, anything.to(torch.bfloat16).float()])
     numbers = numbers[numbers.isfinite() & (numbers.abs() <= torch.finfo(narrow).max)]
     expected = numbers.to(narrow).float()
-    numbers, expected = numbers[: len(numbers) // LANES * LANES], expected[: len(numbers) // LANES * LANES]
-    values = numbers.view(-1, 1, LANES).numpy().copy()
-    block = Block(values, values.copy(), np.zeros((1, 1), np.float32), np.ones((1, 1, 1), np.float32))
-    mask = np.ones((len(numbers), 1), np.bool_)
-    finish(block, 0, 1, mask, rounding(torch.finfo(narrow), torch.finfo(torch.float32)), mask.copy())
-    assert np.array_equal(block.values.reshape(-1), expected.numpy())
+    weight, nothing = numbers[:, None].numpy(), np.zeros((1, len(numbers)), np.float32)
+    block = open_block(weight, nothing, np.zeros((1, 1), np.float32), np.ones((1, 1, 1), np.float32))
+    finish(block, 0, np.ones((len(numbers), 1), np.bool_), rounding(torch.finfo(narrow), torch.finfo(torch.float32)))
+    rounded = closed(block, len(numbers))[0][:, 0]
+    assert np.array_equal(rounded, expected.numpy())
+    assert not np.signbit(rounded[rounded == 0]).any()

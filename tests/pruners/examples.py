@@ -18,6 +18,7 @@ class KeepAll:
     """A solve_mask that prunes nothing."""
 
     pattern: NMPattern = TWO_OF_FOUR
+    keeps_largest: bool = False
 
     def __call__(self, scores: torch.Tensor, *, absolute: bool = False) -> MaskSolution[torch.Tensor]:
         total = float((scores.abs() if absolute else scores).sum())

@@ -154,6 +154,15 @@ def test_rounding_is_made_up_for():
     assert loss(weight, ours, stats.gram) - unrounded < 0.7 * (late - unrounded)
 
 
+@pytest.mark.parametrize("tokens", [300, 12])
+@pytest.mark.parametrize("damping", [1e-4, 0.01, 1.0, 1000.0])
+def test_the_loss_is_that_of_the_outputs(damping, tokens):
+    """Where damping is nearly all of Σ E², what is left of it after its share is taken off is rounding errors."""
+    weight, stats = make_weight(32, 64), stats_of(make_inputs(tokens, 64))
+    layer = SparseGPT(damping).prune(weight, BoundSolver(NMPattern(2, 4)), stats)
+    assert layer.calibrated.loss == pytest.approx(loss(weight, layer.weight, stats.gram), rel=1e-5)
+
+
 def test_without_update_the_mask_is_the_same():
     weight, stats = make_weight(16, 64, torch.bfloat16), stats_of(make_inputs(100, 64))
     solver = BoundSolver(NMPattern(4, 8))

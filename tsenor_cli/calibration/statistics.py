@@ -1,7 +1,7 @@
 """What the inputs of the weights look like: Gram matrices, norms, and how many tokens were seen.
 
-Inputs are taken to float32, in which products of 16-bit numbers are exact; each batch is summed in float32 and added
-to a float64 total (docs/decisions/0011). Modules that are given the same tensor (q, k and v; gate and up) share one
+Products of 16-bit numbers are exact in float32; each batch is summed in float32 and added to a float64 total
+(docs/decisions/0011). Modules that are given the same tensor (q, k and v; gate and up) share one
 set of statistics.
 """
 
@@ -22,6 +22,7 @@ from tsenor_cli.checkpoint.site import Site
 from tsenor_cli.device import CPU
 from tsenor_cli.distributed import Team
 from tsenor_cli.errors import InputRefused
+from tsenor_cli.kernels import syrk
 from tsenor_cli.pruners.base import InputStats
 
 _COLUMN_BLOCKS = 8  # of the upper triangle: an eighth more than half of the work of the whole product
@@ -42,14 +43,20 @@ class Accumulator:
         self._gram = torch.zeros(features, features, dtype=torch.float64, device=device) if gram else None
 
     def add(self, x: torch.Tensor, blocks: Container[int] = range(_COLUMN_BLOCKS)) -> None:
-        """Add inputs, float32 [tokens, features], to some blocks of columns only if others have the rest."""
+        """Add inputs [tokens, features], to some blocks of columns only if others have the rest.
+
+        They are float32, or bfloat16 where syrk takes it.
+        """
         self.tokens += len(x)
         if self._gram is None:
             self._squares += x.square().sum(0)
             return
-        for number, (first, last) in enumerate(_column_blocks(x.shape[1])):
-            if number in blocks:
+        chosen = [columns for number, columns in enumerate(_column_blocks(x.shape[1])) if number in blocks]
+        if x.dtype == torch.float32:
+            for first, last in chosen:
                 self._gram[:last, first:last] += x[:, :last].T @ x[:, first:last]
+        else:
+            syrk.add_products(x.contiguous().view(torch.uint16).numpy(), self._gram.numpy(), _joined(chosen))
 
     def parts(self) -> list[torch.Tensor]:
         """What has been summed up, block by block: views."""
@@ -68,6 +75,15 @@ def _column_blocks(features: int) -> Iterator[tuple[int, int]]:
     """Ranges of columns; each is multiplied with itself and with what stands before it: the upper triangle."""
     width = features if features < _SMALL else -(-features // _COLUMN_BLOCKS)
     return ((first, min(first + width, features)) for first in range(0, features, width))
+
+
+def _joined(ranges: Iterable[tuple[int, int]]) -> list[tuple[int, int]]:
+    """Neighbours as one, which are less work."""
+    found: list[tuple[int, int]] = []
+    for first, last in ranges:
+        start = found.pop()[0] if found and found[-1][1] == first else first
+        found.append((start, last))
+    return found
 
 
 class _AllSeenError(Exception):
@@ -244,7 +260,7 @@ class Collector:
     def _sum(self, site: Site, inputs: torch.Tensor, blocks: Container[int] = range(_COLUMN_BLOCKS)) -> None:
         if site not in self._sums:
             self._sums[site] = Accumulator(inputs.shape[-1], inputs.device, gram=self._gram)
-        if inputs.dtype != torch.float32:
+        if not self._gram or not syrk.takes(inputs):
             inputs = self._room("float32", inputs.shape, torch.float32, inputs.device).copy_(inputs)
         self._sums[site].add(inputs, blocks)
 

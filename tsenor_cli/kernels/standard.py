@@ -99,7 +99,7 @@ def _rank_groups(
         for t in range(LANES):
             places[t] = (start + min(t, used - 1)) * m  # idle lanes repeat the last group
         gather_line(pointer(scores), m, places, raw)
-        total, sound = _rank_lanes(raw, absolute, n, m, kept)
+        total, sound = rank_lanes(raw, absolute, n, m, kept)
         if not sound:
             return False
         objective[0] += sum_of(where(from_mask((1 << used) - 1), total, spread(0.0)))
@@ -108,7 +108,7 @@ def _rank_groups(
 
 
 @compiled
-def _rank_lanes(raw: Pointer, absolute: bool, n: int, m: int, kept: Pointer) -> tuple[Untyped, bool]:
+def rank_lanes(raw: Pointer, absolute: bool, n: int, m: int, kept: Pointer) -> tuple[Untyped, bool]:
     """Keep the n best of raw [m, LANES] in every lane; return what they sum to, and whether all scores are usable."""
     wanted, total, sound = spread(np.uint8(n)), spread(0.0), True
     for j in range(m):

@@ -89,8 +89,7 @@ def solve_mask(
     warm = None if warm_start is None else _warm(warm_start, shape, place)
     duals = torch.empty(shape, dtype=torch.float64, device=place) if return_duals else None
     mask, tallies, name, right = _solve(tensor, request, warm, duals, place)
-    if (problem := violation(mask, pattern, right)) is not None:
-        raise InfeasibleMaskError(f"{pattern} {pattern.kind} mask of shape {tuple(tensor.shape)}: {problem}")
+    require_feasible(mask, pattern, right)
     objective = _sum(tally.objective for tally in tallies)
     upper_bound = objective + _sum(tally.excess for tally in tallies)
     if not math.isfinite(upper_bound):
@@ -109,6 +108,12 @@ def solve_mask(
         seconds=time.perf_counter() - started,
         duals=None if duals is None else _like(duals, scores),
     )
+
+
+def require_feasible(mask: torch.Tensor, pattern: NMPattern, right: torch.Tensor | None = None) -> None:
+    """Raise InfeasibleMaskError if the mask [.., out, in] is not of the pattern; for `right` see violation()."""
+    if (problem := violation(mask, pattern, right)) is not None:
+        raise InfeasibleMaskError(f"{pattern} {pattern.kind} mask of shape {tuple(mask.shape)}: {problem}")
 
 
 def _sum(values: Iterable[float]) -> float:

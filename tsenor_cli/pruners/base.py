@@ -29,6 +29,14 @@ class SolveMask(Protocol):
         """For whoever cuts stripes of m columns; nobody else needs it."""
         ...
 
+    @property
+    def keeps_largest(self) -> bool:
+        """Whether a mask is nothing but the n largest of every m scores along a row, earlier ones first among equals.
+
+        Who has the scores of some rows in hand may then choose by itself.
+        """
+        ...
+
     def __call__(self, scores: torch.Tensor, /, *, absolute: bool = False) -> MaskSolution[torch.Tensor]:
         """Scores [.., out, in] → a solution with a mask of that shape; `absolute` takes |scores|."""
         ...
@@ -45,6 +53,11 @@ class BoundSolver:
     iterations: int | None = None
     local_search: int | None = None
     fallback: bool = False
+
+    @property
+    def keeps_largest(self) -> bool:
+        """Of standard patterns, which know one solver."""
+        return not self.pattern.transposable
 
     def __call__(self, scores: torch.Tensor, /, *, absolute: bool = False) -> MaskSolution[torch.Tensor]:
         """See SolveMask."""

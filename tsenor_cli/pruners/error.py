@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 
+from tsenor_cli.kernels import syrk
 from tsenor_cli.masks.apply import apply_mask
 from tsenor_cli.pruners.base import Calibrated, InputStats, bands, dot, gram_of, working_dtype
 from tsenor_cli.pruners.factor import Damping
@@ -11,12 +12,21 @@ from tsenor_cli.pruners.gram import columns
 
 
 def assess(
-    weight: torch.Tensor, mask: torch.Tensor, pruned: torch.Tensor, stats: InputStats, damping: Damping
+    weight: torch.Tensor,
+    mask: torch.Tensor,
+    pruned: torch.Tensor,
+    stats: InputStats,
+    damping: Damping,
+    loss: float | None = None,
 ) -> Calibrated:
-    """What `pruned`, and `mask` alone, lose of the output of `weight`; all [out, in], `pruned` of its dtype."""
-    gram, alone = gram_of(stats), apply_mask(weight, mask)
-    mask_loss = _loss(weight, alone, gram)
-    loss = mask_loss if torch.equal(alone, pruned) else _loss(weight, pruned, gram)
+    """What `pruned`, and `mask` alone, lose of the output of `weight`; all [out, in], `pruned` of its dtype.
+
+    `loss` is that of `pruned` for a method that knows it.
+    """
+    gram, dropped = gram_of(stats), apply_mask(weight, ~mask)
+    mask_loss = output_energy(dropped, gram)
+    if loss is None:
+        loss = mask_loss if torch.equal(apply_mask(weight, mask), pruned) else _loss(weight, pruned, gram)
     return Calibrated(stats.tokens, output_energy(weight, gram), mask_loss, loss, *damping)
 
 
@@ -26,6 +36,8 @@ def output_energy(weight: torch.Tensor, gram: torch.Tensor) -> float:
     The products are float32 (float64 for float64 weights) and their sum float64, which is off by some 1e-7 of the
     terms. G is symmetric, and read from its upper triangle: half of the products do.
     """
+    if syrk.takes(weight):  # tr(W G Wᵀ) is Σ (WᵀW)_ij G_ij, of which the first factor is exact
+        return max(syrk.energy(weight.contiguous().view(torch.uint16).numpy(), gram.contiguous().numpy()), 0.0)
     weight, total = weight.to(working_dtype(weight)), 0.0
     for here, above, corner in columns(gram):
         product = weight[:, here] @ corner.to(weight.dtype)

@@ -16,7 +16,7 @@ from tsenor_cli.pruners.gram import columns, columns_of, mean_square
 RETRIES = 6
 _FIRST = 1e-6  # the first retry where no damping at all was asked for
 _NOISE = 100  # a pivot is lost in rounding errors below this, in units of n ε and of its own diagonal element
-_BLOCK = 128  # columns that are factorised at a time
+_BLOCK = 192  # columns that are factorised at a time: MKL takes 1.4 times as long for powers of two
 
 
 class Damping(NamedTuple):
@@ -150,21 +150,19 @@ class _Factorised:
         """
         gram, mean = self._gram, mean_square(self._gram)
         for last in range(len(gram), 0, -_BLOCK):
-            here, _, corner = columns_of(gram, slice(max(last - _BLOCK, 0), last))
-            rows, behind = gram[here, : here.start], gram[last:]
-            corner.div_(mean).diagonal().add_(damping)
-            diagonal = corner.diagonal().clone()
-            corner.addmm_(behind[:, here].T, behind[:, here], alpha=-1)
+            here, above, corner = columns_of(gram, slice(max(last - _BLOCK, 0), last))
+            rows = torch.cat([above, corner]).T.div_(mean)
+            corner, behind = rows[:, here.start :], gram[last:]
+            corner.diagonal().add_(damping)
+            noise = corner.diagonal() * (_NOISE * len(gram) * torch.finfo(gram.dtype).eps)
+            rows.addmm_(behind[:, here].T, behind[:, :last], alpha=-1)
             # Of both axes reversed, the lower triangular factor is the upper one.
             reverse, failed_at = torch.linalg.cholesky_ex(corner.flip(0, 1))
             upper = reverse.flip(0, 1)
             self._pivots[here] = upper.diagonal()
-            noise = _NOISE * len(gram) * torch.finfo(gram.dtype).eps * diagonal
             if int(failed_at) or not bool((self._pivots[here].square() > noise).all()):
                 return False
-            torch.div(gram[: here.start, here].T, mean, out=rows)
-            rows.addmm_(behind[:, here].T, behind[:, : here.start], alpha=-1)
-            rows.copy_(torch.linalg.solve_triangular(upper, rows, upper=True))
+            gram[here, : here.start] = torch.linalg.solve_triangular(upper, rows[:, : here.start], upper=True)
             gram[here, here] = gram[here, here].triu() + upper.T.tril(-1)
         return True
 

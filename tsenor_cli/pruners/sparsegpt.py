@@ -7,22 +7,24 @@ from typing import ClassVar
 
 import torch
 
-from tsenor_cli.errors import InputRefused
 from tsenor_cli.masks.apply import apply_mask
-from tsenor_cli.masks.solution import MaskSolution, join_columns
+from tsenor_cli.masks.solution import join_columns
 from tsenor_cli.pruners.base import (
     InputStats,
     Needs,
     PrunedLayer,
     SolveMask,
-    finished,
+    gram_of,
     overflow,
     require,
     working_dtype,
 )
 from tsenor_cli.pruners.error import assess
 from tsenor_cli.pruners.factor import Factor, upper_factor
-from tsenor_cli.pruners.stripes import open_block
+from tsenor_cli.pruners.gram import mean_square
+from tsenor_cli.pruners.stripes import Columns, Swept, sweep
+
+_DISTINCT = 0.1  # a difference that is less than this of its terms is computed anew
 
 
 class SparseGPT:
@@ -49,53 +51,45 @@ class SparseGPT:
         """See Pruner.prune. What `solution` sums up are scores in units of the mean squared norm of an input."""
         stats = require(stats, self.needs, weight)
         factor = upper_factor(stats, self.damping, solve_mask.pattern.m, working_dtype(weight))
-        pruned, solution = self._prune(weight, factor, solve_mask)
-        return PrunedLayer(pruned, solution, assess(weight, solution.mask, pruned, stats, factor.damping))
-
-    def _prune(
-        self, weight: torch.Tensor, factor: Factor, solve_mask: SolveMask
-    ) -> tuple[torch.Tensor, MaskSolution[torch.Tensor]]:
-        values, solution = _sweep(weight, factor, solve_mask, self.block)
-        pruned = finished(weight, values, solution.mask) if self.update else apply_mask(weight, solution.mask)
-        return pruned, solution
+        swept = _sweep(weight, factor, solve_mask, self.block)
+        mask, loss, pruned = swept.solution.mask, None, apply_mask(weight, swept.solution.mask)
+        if self.update:
+            pruned, loss = swept.weight, _loss(swept, stats, factor)
+        return PrunedLayer(pruned, swept.solution, assess(weight, mask, pruned, stats, factor.damping, loss))
 
 
-def _sweep(
-    weight: torch.Tensor, factor: Factor, solve_mask: SolveMask, block: int
-) -> tuple[torch.Tensor, MaskSolution[torch.Tensor]]:
-    """The pruned weight [out, in] in its dtype, and what the solutions of its stripes come to.
+def _sweep(weight: torch.Tensor, factor: Factor, solve_mask: SolveMask, width: int) -> Swept:
+    """Prune and update.
 
     Algorithm 1 keeps the errors E of all columns so far, and adds -E U to the right as it goes. With D = E U the change
     of the weight, E is D R, and what a stripe s has to be brought to is w_s + Σ_{p<s} D_p R_ps R_ss⁻¹: here each stripe
     is brought up to date when its turn comes, from the blocks before its own, then from the stripes of its block. Every
     weight is written once. Within the stripe it is algorithm 1 as it stands.
+
+    Raises:
+        TsenorError: an updated weight is too large for the dtype.
     """
     m, dtype, (out, inputs) = solve_mask.pattern.m, factor.local.dtype, weight.shape
-    block = max(m, block // m * m)
+    width = max(m, width // m * m)
     pruned = torch.empty_like(weight, memory_format=torch.contiguous_format)
     mask = torch.empty_like(pruned, dtype=torch.bool)
     change = torch.empty(inputs, out, dtype=dtype, device=weight.device)  # D, transposed; no other copy of the weight
-    solutions = []
-    for start in range(0, inputs, block):
-        here = slice(start, min(start + block, inputs))
+    solutions, lost, moved = [], 0.0, 0.0
+    for start in range(0, inputs, width):
+        here = slice(start, min(start + width, inputs))
         pull, local = factor.pull(start, here.stop), factor.local[start // m : here.stop // m]
-        original = change[here].copy_(weight[:, here].T)
-        values = torch.addmm(original, pull[:, :start], change[:start])
-        part = open_block(original, values, pull[:, start:], local, weight.dtype)
-        for first in range(0, here.stop - start, m):
-            solution = _solve(solve_mask, part.bring_up_to_date(first), weight.dtype)
-            part.finish(first, solution.mask)
-            solutions.append(replace(solution, mask=mask))  # thousands of small ones would leave holes in the heap
-        last, change[here] = part.results()
-        pruned[:, here], mask[:, here] = last.T, part.mask
-    return pruned, join_columns(solutions, mask)
+        updates = pull[:, :start] @ change[:start]
+        block = sweep(Columns(weight[:, here].to(dtype), updates, pull[:, start:], local, weight.dtype), solve_mask)
+        smallest, largest = torch.aminmax(block.weight)
+        if not float(torch.maximum(-smallest, largest)) <= torch.finfo(weight.dtype).max:  # or not a number
+            raise overflow(weight.dtype)
+        pruned[:, here], change[here], mask[:, here] = block.weight, block.change, block.solution.mask
+        solutions.append(replace(block.solution, mask=mask))
+        lost, moved = lost + block.lost, moved + block.moved
+    return Swept(pruned, change, join_columns(solutions, mask), lost, moved)
 
 
-def _solve(solve_mask: SolveMask, scores: torch.Tensor, dtype: torch.dtype) -> MaskSolution[torch.Tensor]:
-    """The weights were finite at first: scores that are not come from values that have left the dtype."""
-    try:
-        return solve_mask(scores)
-    except InputRefused:
-        if bool(torch.isfinite(scores).all()):
-            raise
-        raise overflow(dtype) from None
+def _loss(swept: Swept, stats: InputStats, factor: Factor) -> float | None:
+    """‖X(W − W')ᵀ‖² from Σ E², which is that of the damped matrix; None where damping is nearly all of it."""
+    loss = swept.lost - factor.damping.relative * swept.moved
+    return mean_square(gram_of(stats)) * loss if loss > _DISTINCT * swept.lost else None

@@ -2,136 +2,110 @@
 
 from __future__ import annotations
 
-from typing import Any, Protocol
+from dataclasses import replace
+from typing import NamedTuple
 
-import numpy as np
-import numpy.typing as npt
 import torch
 
+from tsenor_cli.errors import InputRefused
 from tsenor_cli.kernels import stripes
-from tsenor_cli.kernels.lanes import LANES
+from tsenor_cli.kernels.contract import UnusableScoresError
+from tsenor_cli.masks.solution import MaskSolution, Status, join_columns
+from tsenor_cli.masks.solve import require_feasible
+from tsenor_cli.pruners.base import SolveMask, overflow
+from tsenor_cli.specs import NMPattern
 
 
-class Block(Protocol):
-    """Some columns of a weight, finished one stripe of m after the other.
+class Columns(NamedTuple):
+    """A block of columns before its turn. All but `narrow` in the dtype of the sweep."""
 
-    Attributes:
-        mask: bool [out, columns], what the finished stripes keep.
+    weight: torch.Tensor  # [out, columns]
+    updates: torch.Tensor  # [columns, out]: what the changes of the blocks before this one ask for
+    pull: torch.Tensor  # [columns, columns]: how much of the change of a column (2nd) is to be added to a later one
+    local: torch.Tensor  # [columns / m, m, m]: R_ss⁻¹ of every stripe, upper triangular
+    narrow: torch.dtype  # of the weight: what values are rounded to
+
+
+class Swept(NamedTuple):
+    """And after it."""
+
+    weight: torch.Tensor  # [out, columns], rounded
+    change: torch.Tensor  # [columns, out]: what it was less what it is
+    solution: MaskSolution[torch.Tensor]  # of the stripes together
+    lost: float  # Σ of the squared errors E: what the outputs lose by the damped Gram matrix
+    moved: float  # Σ of the squared changes
+
+
+def sweep(block: Columns, solve_mask: SolveMask) -> Swept:
+    """For each stripe of m columns: bring it up to date, find its mask, give its columns their last values in turn.
+
+    They are rounded then, not at the end, so that later columns make up for the rounding as well.
+
+    Raises:
+        TsenorError: a value that is not finite.
     """
-
-    mask: torch.Tensor
-
-    def bring_up_to_date(self, first: int) -> torch.Tensor:
-        """Add to the stripe at column `first` what the changes before it ask for; give its scores [out, m]."""
-        ...
-
-    def finish(self, first: int, mask: torch.Tensor) -> None:
-        """Give the columns of the stripe their last values, one after the other; `mask` [out, m] drops some.
-
-        They are rounded here, not at the end, so that later columns make up for the rounding as well.
-        """
-        ...
-
-    def results(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """The last values, and the original ones less these: [columns, out] both."""
-        ...
+    return (in_compiled_code if block.weight.device.type == "cpu" else in_torch)(block, solve_mask)
 
 
-def open_block(
-    original: torch.Tensor, values: torch.Tensor, pull: torch.Tensor, local: torch.Tensor, narrow: torch.dtype
-) -> Block:
-    """Begin with a block of columns.
-
-    Args:
-        original: weights [columns, out], in the dtype of the sweep.
-        values: the same, up to date from the blocks before this one.
-        pull: [columns, columns], how much of the change of a column (second axis) is to be added to a later one.
-        local: [columns / m, m, m], R_ss⁻¹ of every stripe, upper triangular.
-        narrow: the dtype of the weight, which values are rounded to.
-    """
-    return (_Compiled if values.device.type == "cpu" else InTorch)(original, values, pull, local, narrow)
-
-
-class InTorch:
-    """A block on any device, as one would write it."""
-
-    def __init__(
-        self,
-        original: torch.Tensor,
-        values: torch.Tensor,
-        pull: torch.Tensor,
-        local: torch.Tensor,
-        narrow: torch.dtype,
-    ) -> None:
-        self._values, self._change, self._pull, self._local = values.clone(), original.clone(), pull, local
-        self._narrow = narrow
-        self.mask = torch.empty(values.shape[1], len(values), dtype=torch.bool, device=values.device)
-
-    def bring_up_to_date(self, first: int) -> torch.Tensor:
-        """See Block."""
-        stripe, local = self._stripe(first)
-        values = self._values[stripe].addmm_(self._pull[stripe, :first], self._change[:first])
-        return (values / local.diagonal()[:, None]).square_().T.contiguous()
-
-    def finish(self, first: int, mask: torch.Tensor) -> None:
-        """See Block."""
-        stripe, local = self._stripe(first)
-        values, keep = self._values[stripe], mask.T.contiguous()
-        errors = torch.empty_like(values)
-        for j, (column, kept) in enumerate(zip(values, keep, strict=True)):
+def in_torch(block: Columns, solve_mask: SolveMask) -> Swept:
+    """On any device, as one would write it."""
+    m, change, solutions, lost = solve_mask.pattern.m, block.weight.T.contiguous(), [], 0.0
+    values = change + block.updates
+    for number, local in enumerate(block.local):
+        first, stripe = number * m, slice(number * m, (number + 1) * m)
+        columns = values[stripe].addmm_(block.pull[stripe, :first], change[:first])
+        scores = (columns / local.diagonal()[:, None]).square_().T.contiguous()
+        solutions.append(_solve(solve_mask, scores, block.narrow))
+        keep, errors = solutions[-1].mask.T.contiguous(), torch.empty_like(columns)
+        for j, (column, kept) in enumerate(zip(columns, keep, strict=True)):
             column.addmv_(errors[:j].T, local[:j, j], alpha=-1)
-            last = (column * kept).to(self._narrow)
+            last = (column * kept).to(block.narrow).add_(0.0)  # no -0.0
             torch.sub(column, last, out=errors[j]).div_(local[j, j])
             column.copy_(last)
-        self._change[stripe] -= values
-        self.mask[:, stripe] = mask
-
-    def results(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """See Block."""
-        return self._values, self._change
-
-    def _stripe(self, first: int) -> tuple[slice, torch.Tensor]:
-        m = self._local.shape[-1]
-        return slice(first, first + m), self._local[first // m]
+        change[stripe] -= columns
+        lost += float(errors.square().sum(dtype=torch.float64))
+    solution = join_columns(solutions, torch.cat([part.mask for part in solutions], dim=1))
+    return Swept(values.T, change, solution, lost, float(change.square().sum(dtype=torch.float64)))
 
 
-class _Compiled:
-    """A block on a CPU, where calls of torch on a few columns would cost more than what they do."""
-
-    def __init__(
-        self,
-        original: torch.Tensor,
-        values: torch.Tensor,
-        pull: torch.Tensor,
-        local: torch.Tensor,
-        narrow: torch.dtype,
-    ) -> None:
-        arrays = (_grouped(values), _grouped(original), *(part.contiguous().numpy() for part in (pull, local)))
-        self._block, (columns, self._out) = stripes.Block(*arrays), values.shape
-        self._rounding = stripes.rounding(torch.finfo(narrow), torch.finfo(values.dtype))
-        self._scores = torch.empty(self._out, local.shape[-1], dtype=values.dtype)
-        self.mask = torch.empty(self._out, columns, dtype=torch.bool)
-
-    def bring_up_to_date(self, first: int) -> torch.Tensor:
-        """See Block; the next stripe's scores take the place of this one's."""
-        stripes.bring_up_to_date(self._block, first, self._scores.shape[1], self._scores.numpy())
-        return self._scores
-
-    def finish(self, first: int, mask: torch.Tensor) -> None:
-        """See Block."""
-        stripes.finish(self._block, first, self._scores.shape[1], mask.numpy(), self._rounding, self.mask.numpy())
-
-    def results(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """See Block."""
-        return self._columns(self._block.values), self._columns(self._block.change)
-
-    def _columns(self, grouped: npt.NDArray[Any]) -> torch.Tensor:
-        return torch.from_numpy(grouped).transpose(0, 1).flatten(1)[:, : self._out]
+def in_compiled_code(block: Columns, solve_mask: SolveMask) -> Swept:
+    """On a CPU, where calls of torch on a few columns would cost more than what they do."""
+    weight, change = torch.empty_like(block.weight), torch.empty_like(block.updates)
+    mask = torch.empty(weight.shape, dtype=torch.bool)
+    work = stripes.open_block(*(part.contiguous().numpy() for part in block[:4]))
+    to = stripes.rounding(torch.finfo(block.narrow), torch.finfo(weight.dtype))
+    if solve_mask.keeps_largest:
+        parts = [_keep_largest(work, to, solve_mask.pattern, mask, block.narrow)]
+    else:
+        parts = []
+        scores = torch.empty(len(weight), solve_mask.pattern.m, dtype=weight.dtype)
+        for first in range(0, weight.shape[1], solve_mask.pattern.m):
+            stripes.bring_up_to_date(work, first, scores.numpy())
+            solution = _solve(solve_mask, scores, block.narrow)
+            stripes.finish(work, first, solution.mask.numpy(), to)
+            parts.append(replace(solution, mask=mask))  # thousands of small ones would leave holes in the heap
+    lost, moved = stripes.close_block(work, weight.numpy(), change.numpy(), mask.numpy())
+    if solve_mask.keeps_largest:
+        require_feasible(mask, solve_mask.pattern)
+    return Swept(weight, change, join_columns(parts, mask), lost, moved)
 
 
-def _grouped(columns: torch.Tensor) -> npt.NDArray[Any]:
-    """Columns [count, out] as the kernels take them: [groups, count, LANES], zeros behind the last output; a copy."""
-    count, out = columns.shape
-    padded = columns.new_zeros(count, -(-out // LANES) * LANES)
-    padded[:, :out] = columns
-    return np.ascontiguousarray(padded.numpy().reshape(count, -1, LANES).transpose(1, 0, 2))
+def _keep_largest(
+    work: stripes.Block, to: stripes.Rounding, pattern: NMPattern, mask: torch.Tensor, narrow: torch.dtype
+) -> MaskSolution[torch.Tensor]:
+    """All stripes at once: rows have nothing to do with one another. It takes no time that could be told apart."""
+    try:
+        kept = stripes.finish_all(work, pattern.n, pattern.m, len(mask), to)
+    except UnusableScoresError:
+        raise overflow(narrow) from None
+    return MaskSolution(mask, kept, kept, 0.0, "top-n", Status.CONVERGED, mask.numel() // pattern.m, 0, 0, 0.0)
+
+
+def _solve(solve_mask: SolveMask, scores: torch.Tensor, narrow: torch.dtype) -> MaskSolution[torch.Tensor]:
+    """The weights were finite at first: scores that are not come from values that have left the dtype."""
+    try:
+        return solve_mask(scores)
+    except InputRefused:
+        if bool(torch.isfinite(scores).all()):
+            raise
+        raise overflow(narrow) from None
