@@ -27,7 +27,8 @@ def planned(sizes, pattern=NMPattern(2, 4)):  # noqa: B008  (frozen)
 
 
 def rates(**given):
-    known = {"solve": {(4, True): 50.0, (8, True): 10.0}, "matmul": 1.0, "read": 1000.0, "write": 500.0, "hash": 2000.0}
+    known = {"solve": {(4, True): 50.0, (8, True): 10.0}, "matmul": 1.0, "layers": 1.0, "gram": 1.0}
+    known |= {"read": 1000.0, "write": 500.0, "hash": 2000.0}
     return Rates("by hand", **(known | given))
 
 
@@ -114,6 +115,18 @@ def test_calibrated_methods_take_longer_the_more_they_see(llama, tmp_path):
 
     assert seconds("sparsegpt", 1000) > seconds("sparsegpt", 10)
     assert seconds("alps", 10) > seconds("sparsegpt", 10)
+
+
+def test_products_are_counted_at_the_rate_of_their_kind(llama, tmp_path):
+    spec = PruneSpec(
+        str(llama), tmp_path / "out", NMPattern(2, 4), method="sparsegpt", calibration=CalibrationSpec("-")
+    )
+    plan = plan_prune(spec)
+    stages = [forecast(plan, rates(**given), tokens=100).stages for given in ({}, {"layers": 2.0}, {"gram": 4.0})]
+    weights = sum(item.tensor.parameters for item in plan.pruned if item.layer is not None)
+    assert stages[0]["layers"] == pytest.approx(1.4 * 2 * 2 * 100 * weights)
+    assert stages[1]["layers"] == stages[0]["layers"] / 2
+    assert stages[1]["Gram matrices"] == stages[0]["Gram matrices"] == 4 * stages[2]["Gram matrices"]
 
 
 def test_the_command(tsenor, llama):

@@ -22,7 +22,7 @@ MAY_IMPORT = {
     "distributed": {"checkpoint", "report"},  # for the types of a plan and of a record only
     "distribution": {"checkpoint"},
     "forecast": {"checkpoint", "distribution"},
-    "rates": {"checkpoint", "forecast", "pruners", "report"},
+    "rates": {"calibration", "checkpoint", "forecast", "kernels", "pruners", "report"},
     "overlap": set(),
     "pipeline": {
         "checkpoint",

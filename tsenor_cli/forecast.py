@@ -14,6 +14,7 @@ from tsenor_cli.specs import NMPattern
 
 _START_S = 4.0  # to import and to plan
 _BUSY = 0.9  # of their time cores are busy, which wait for one another in between (docs/measured.md)
+_LAYER = 1.4  # times as long as its products a layer takes: attention, norms, activations
 _COPIED = 2.5e9  # bytes a second that a core copies from the system's cache or to it (docs/measured.md)
 
 
@@ -23,7 +24,9 @@ class Rates:
 
     where: str  # they are from
     solve: Mapping[tuple[int, bool], float]  # weights a second, by M and whether transposable
-    matmul: float  # float32 operations a second
+    matmul: float  # operations a second of a matrix product in float32
+    layers: float  # in the dtype of the checkpoint
+    gram: float  # of XᵀX of inputs in that dtype, its upper triangle alone
     read: float  # bytes a second, of the machine
     write: float  # bytes a second until they are on the disk, of the machine
     hash: float  # bytes a second
@@ -36,22 +39,22 @@ class Rates:
         return weights / known[min((m for m in known if m >= pattern.m), default=max(known))]
 
 
-def _card(name: str, speed: float, matmul: float) -> Rates:
+def _card(name: str, speed: float, matmul: float, layers: float) -> Rates:
     """What an H200 took for masks of 8192×8192 weights (docs/measured.md), at another card's speed beside it.
 
-    The rest is from data sheets: half the peak in float32, and an NVMe disk; hashing is one core's.
+    The rest is from data sheets: half the peak in float32 and bfloat16, and an NVMe disk; hashing is one core's.
     """
     measured_ms = {(4, True): 1.35, (8, True): 3.15, (16, True): 4.76, (32, True): 8.32, (64, True): 18.4}
     measured_ms |= {(4, False): 0.82, (8, False): 0.63, (16, False): 0.81, (32, False): 0.68, (64, False): 0.89}
     solve = {key: speed * 8192**2 / (1e-3 * ms) for key, ms in measured_ms.items()}
     where = f"predicted for an {name} from an H200's masks and data sheets"
-    return Rates(where, solve, matmul, read=6e9, write=4e9, hash=1.5e9)
+    return Rates(where, solve, matmul, layers, matmul, read=6e9, write=4e9, hash=1.5e9)
 
 
 PLANNED = {  # specs.GPU_TYPES
-    "h200": _card("H200", 1.0, 30e12),
-    "h100": _card("H100", 1.0, 30e12),
-    "a100": _card("A100", 0.6, 9e12),  # 108 multiprocessors at 1.41 GHz beside 132 at 1.9
+    "h200": _card("H200", 1.0, 30e12, 495e12),
+    "h100": _card("H100", 1.0, 30e12, 495e12),
+    "a100": _card("A100", 0.6, 9e12, 156e12),  # 108 multiprocessors at 1.41 GHz beside 132 at 1.9
 }
 
 
@@ -147,20 +150,20 @@ def _calibrating(plan: Plan, rates: Rates, size: int, tokens: int) -> dict[str, 
     seen = {
         item.site: matrix_size(item.tensor.shape, item.layout)[1] for item in inside if item.calibrated and item.layout
     }
-    gram = sum(inputs**2 for inputs in seen.values()) * 1.125 * tokens
+    gram = sum(inputs**2 for inputs in seen.values()) * tokens
     return {
-        "layers": 2 * forward / rates.matmul / size,
-        "Gram matrices": gram / rates.matmul / size,
+        "layers": _LAYER * 2 * forward / rates.layers / size,
+        "Gram matrices": gram / rates.gram / size,
         "weights": sum(map(_update, inside)) / rates.matmul / size,
     }
 
 
 def _update(item: TensorPlan) -> float:
-    """Operations to prune a tensor by its method; float64 counts twice."""
+    """Operations to prune a tensor by its method; float64 counts twice (docs/measured.md)."""
     if not item.calibrated or item.layout is None or item.choice is None:
         return 0.0
     out, inputs = matrix_size(item.tensor.shape, item.layout)
-    factor, update = {"sparsegpt": (2.0, 1.0), "alps": (20.0, 30.0)}.get(item.choice.method, (0.0, 0.0))
+    factor, update = {"sparsegpt": (1.0, 4.0), "alps": (20.0, 30.0)}.get(item.choice.method, (0.0, 0.0))
     return item.tensor.parameters / (out * inputs) * (factor * inputs**3 + update * out * inputs**2)
 
 

@@ -15,10 +15,13 @@ from typing import BinaryIO, TypeAlias, cast
 
 import torch
 
+from tsenor_cli.calibration.statistics import Accumulator
 from tsenor_cli.checkpoint.plan import BAND_BYTES, Plan
 from tsenor_cli.checkpoint.shard import COPY_BYTES, DiskTensor
 from tsenor_cli.checkpoint.writer import SETTLE_BYTES, settle
+from tsenor_cli.device import CPU
 from tsenor_cli.forecast import Rates
+from tsenor_cli.kernels import syrk
 from tsenor_cli.pruners.base import SolveMask
 from tsenor_cli.pruners.magnitude import Magnitude
 from tsenor_cli.report.build import Tally
@@ -47,7 +50,7 @@ def measure_rates(plan: Plan, output: Path, solvers: Mapping[NMPattern, SolveMas
     return Rates(
         where=f"measured on this machine, {cores} threads{but}",
         solve={(pattern.m, pattern.transposable): _solve_rate(pattern, solvers[pattern]) for pattern in patterns},
-        matmul=_matmul_rate() if plan.calibrated else 1.0,
+        **_calibration_rates(plan),
         read=read,
         write=write,
         hash=_hash_rate(),
@@ -77,10 +80,19 @@ def _solve_rate(pattern: NMPattern, solver: SolveMask) -> float:
     return band.numel() / _best(work)
 
 
-def _matmul_rate() -> float:
-    side = 1024
-    matrix = torch.randn(side, side)
-    return 2.0 * side**3 / _best(lambda: matrix @ matrix)
+def _calibration_rates(plan: Plan) -> dict[str, float]:
+    """Of products of matrices, if any are needed."""
+    if not plan.calibrated:
+        return {"matmul": 1.0, "layers": 1.0, "gram": 1.0}
+    side, dtype = 1024, next(item.tensor.torch_dtype for item in plan.pruned if item.calibrated)
+    wide, sums = torch.randn(side, side), Accumulator(side, CPU, gram=True)
+    own = wide.to(dtype)
+    inputs = own if syrk.takes(own) else wide
+    return {
+        "matmul": 2 * side**3 / _best(lambda: wide @ wide),
+        "layers": 2 * side**3 / _best(lambda: own @ own),
+        "gram": side**3 / _best(lambda: sums.add(inputs)),
+    }
 
 
 def _hash_rate() -> float:

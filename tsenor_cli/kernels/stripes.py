@@ -37,6 +37,7 @@ from tsenor_cli.kernels.threads import over_chunks
 Floats = npt.NDArray[np.floating[Any]]
 
 _CHUNK = 1 << 20  # products that a thread does at a time
+_MOVED = 32  # products take as long as to move one number from rows into lanes, or back
 _TOGETHER = 4  # columns that read the changes before them together
 
 
@@ -86,7 +87,7 @@ def open_block(weight: Floats, updates: Floats, pull: Floats, local: Floats) -> 
     kept, squares = np.empty(values.shape, np.uint8), np.zeros((groups, 2, LANES), dtype)
     block = Block(values, change, kept, squares, pull, local)
     gather = _compile(dtype).gather
-    _over_groups(block, columns, lambda start, end, _: gather(block, weight, updates, start, end))
+    _over_groups(block, columns * _MOVED, lambda start, end, _: gather(block, weight, updates, start, end))
     return block
 
 
@@ -159,7 +160,7 @@ def close_block(block: Block, weight: Floats, change: Floats, mask: Mask) -> tup
     def chunk(start: int, end: int, _: None) -> None:
         scatter(block, start, end, weight, change, mask.view(np.uint8))
 
-    _over_groups(block, columns, chunk)
+    _over_groups(block, columns * _MOVED, chunk)
     lost, moved = block.squares.sum((0, 2), dtype=np.float64).tolist()
     return lost, moved
 

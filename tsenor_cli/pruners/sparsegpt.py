@@ -79,14 +79,15 @@ def _sweep(weight: torch.Tensor, factor: Factor, solve_mask: SolveMask, width: i
         here = slice(start, min(start + width, inputs))
         pull, local = factor.pull(start, here.stop), factor.local[start // m : here.stop // m]
         updates = pull[:, :start] @ change[:start]
-        block = sweep(Columns(weight[:, here].to(dtype), updates, pull[:, start:], local, weight.dtype), solve_mask)
+        columns = Columns(weight[:, here].to(dtype), updates, change[here], pull[:, start:], local, weight.dtype)
+        block = sweep(columns, solve_mask)
         smallest, largest = torch.aminmax(block.weight)
         if not float(torch.maximum(-smallest, largest)) <= torch.finfo(weight.dtype).max:  # or not a number
             raise overflow(weight.dtype)
-        pruned[:, here], change[here], mask[:, here] = block.weight, block.change, block.solution.mask
+        pruned[:, here], mask[:, here] = block.weight, block.solution.mask
         solutions.append(replace(block.solution, mask=mask))
         lost, moved = lost + block.lost, moved + block.moved
-    return Swept(pruned, change, join_columns(solutions, mask), lost, moved)
+    return Swept(pruned, join_columns(solutions, mask), lost, moved)
 
 
 def _loss(swept: Swept, stats: InputStats, factor: Factor) -> float | None:

@@ -21,6 +21,7 @@ class Columns(NamedTuple):
 
     weight: torch.Tensor  # [out, columns]
     updates: torch.Tensor  # [columns, out]: what the changes of the blocks before this one ask for
+    change: torch.Tensor  # [columns, out], contiguous: receives what the weight was less what it is
     pull: torch.Tensor  # [columns, columns]: how much of the change of a column (2nd) is to be added to a later one
     local: torch.Tensor  # [columns / m, m, m]: R_ss⁻¹ of every stripe, upper triangular
     narrow: torch.dtype  # of the weight: what values are rounded to
@@ -30,7 +31,6 @@ class Swept(NamedTuple):
     """And after it."""
 
     weight: torch.Tensor  # [out, columns], rounded
-    change: torch.Tensor  # [columns, out]: what it was less what it is
     solution: MaskSolution[torch.Tensor]  # of the stripes together
     lost: float  # Σ of the squared errors E: what the outputs lose by the damped Gram matrix
     moved: float  # Σ of the squared changes
@@ -49,7 +49,7 @@ def sweep(block: Columns, solve_mask: SolveMask) -> Swept:
 
 def in_torch(block: Columns, solve_mask: SolveMask) -> Swept:
     """On any device, as one would write it."""
-    m, change, solutions, lost = solve_mask.pattern.m, block.weight.T.contiguous(), [], 0.0
+    m, change, solutions, lost = solve_mask.pattern.m, block.change.copy_(block.weight.T), [], 0.0
     values = change + block.updates
     for number, local in enumerate(block.local):
         first, stripe = number * m, slice(number * m, (number + 1) * m)
@@ -65,14 +65,14 @@ def in_torch(block: Columns, solve_mask: SolveMask) -> Swept:
         change[stripe] -= columns
         lost += float(errors.square().sum(dtype=torch.float64))
     solution = join_columns(solutions, torch.cat([part.mask for part in solutions], dim=1))
-    return Swept(values.T, change, solution, lost, float(change.square().sum(dtype=torch.float64)))
+    return Swept(values.T, solution, lost, float(change.square().sum(dtype=torch.float64)))
 
 
 def in_compiled_code(block: Columns, solve_mask: SolveMask) -> Swept:
     """On a CPU, where calls of torch on a few columns would cost more than what they do."""
-    weight, change = torch.empty_like(block.weight), torch.empty_like(block.updates)
-    mask = torch.empty(weight.shape, dtype=torch.bool)
-    work = stripes.open_block(*(part.contiguous().numpy() for part in block[:4]))
+    weight, mask = torch.empty_like(block.weight), torch.empty(block.weight.shape, dtype=torch.bool)
+    given = (block.weight, block.updates, block.pull, block.local)
+    work = stripes.open_block(*(part.contiguous().numpy() for part in given))
     to = stripes.rounding(torch.finfo(block.narrow), torch.finfo(weight.dtype))
     if solve_mask.keeps_largest:
         parts = [_keep_largest(work, to, solve_mask.pattern, mask, block.narrow)]
@@ -84,10 +84,10 @@ def in_compiled_code(block: Columns, solve_mask: SolveMask) -> Swept:
             solution = _solve(solve_mask, scores, block.narrow)
             stripes.finish(work, first, solution.mask.numpy(), to)
             parts.append(replace(solution, mask=mask))  # thousands of small ones would leave holes in the heap
-    lost, moved = stripes.close_block(work, weight.numpy(), change.numpy(), mask.numpy())
+    lost, moved = stripes.close_block(work, weight.numpy(), block.change.numpy(), mask.numpy())
     if solve_mask.keeps_largest:
         require_feasible(mask, solve_mask.pattern)
-    return Swept(weight, change, join_columns(parts, mask), lost, moved)
+    return Swept(weight, join_columns(parts, mask), lost, moved)
 
 
 def _keep_largest(
