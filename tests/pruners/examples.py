@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from tsenor_cli.masks.solution import MaskSolution, Status
+from tsenor_cli.masks.solution import MaskSolution, Status, join_columns
 from tsenor_cli.pruners.base import InputStats
 from tsenor_cli.specs import NMPattern
 
@@ -24,6 +24,25 @@ class KeepAll:
         total = float((scores.abs() if absolute else scores).sum())
         mask = torch.ones_like(scores, dtype=torch.bool)
         return MaskSolution(mask, total, total, 0.0, "all", Status.CONVERGED, 0, 0, 0, 0.0)
+
+    def repeated(self, rows: int, dtype: torch.dtype) -> OneByOne:
+        return OneByOne(self, rows, dtype)
+
+
+class OneByOne:
+    """A Repeated of anything that can be called."""
+
+    def __init__(self, solve_mask, rows, dtype):
+        self.solve_mask, self.solutions = solve_mask, []
+        self.scores = torch.empty(rows, solve_mask.pattern.m, dtype=dtype)
+        self.mask = torch.empty(self.scores.shape, dtype=torch.bool)
+
+    def solve(self):
+        self.solutions.append(self.solve_mask(self.scores))
+        self.mask.copy_(self.solutions[-1].mask)
+
+    def solution(self, mask):
+        return join_columns(self.solutions, mask)
 
 
 def make_inputs(tokens: int, features: int, seed: int = 0) -> torch.Tensor:

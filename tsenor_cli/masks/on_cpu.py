@@ -28,7 +28,7 @@ def solve_bands(
     scores: torch.Tensor, request: Request, warm: torch.Tensor | None, duals: torch.Tensor | None
 ) -> Solved:
     """The mask of scores [.., out, in], on the CPU, and the certificate of every band; `duals` is filled if given."""
-    kernel, m = _kernel(request), request.pattern.m
+    kernel, m = kernel_of(request), request.pattern.m
     mask = torch.from_numpy(np.empty(scores.shape, np.bool_))  # NumPy asks for huge pages: a fifth of torch's time
     flat = mask.view(math.prod(mask.shape[:-1]), mask.shape[-1])
     tallies, row = [], 0
@@ -41,7 +41,7 @@ def solve_bands(
     return Solved(mask, tallies, request.name)
 
 
-def _kernel(request: Request) -> Kernel:
+def kernel_of(request: Request) -> Kernel:
     """Loading numba takes time that only a solve needs to spend."""
     n, m = request.pattern.n, request.pattern.m
     if not request.pattern.transposable:

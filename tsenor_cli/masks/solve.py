@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from typing import Any, cast
 
@@ -13,7 +13,7 @@ import torch
 
 from tsenor_cli.device import CPU, find_device
 from tsenor_cli.errors import InputRefused, TsenorError, UsageError
-from tsenor_cli.kernels.contract import UnusableScoresError
+from tsenor_cli.kernels.contract import Tally, UnusableScoresError
 from tsenor_cli.masks import on_cpu, on_gpu
 from tsenor_cli.masks.invariants import violation
 from tsenor_cli.masks.request import Request, Solved
@@ -84,36 +84,56 @@ def solve_mask(
     _check_shape(tensor, pattern)
     if not request.knows_duals and (warm_start is not None or return_duals):
         raise UsageError(f"{request.name} takes and gives no duals", "use the exact solver and a transposable pattern")
-    blocks = tensor.numel() // (pattern.m * (pattern.m if pattern.transposable else 1))
-    shape = (blocks, 2, pattern.m)
+    shape = (_blocks(tensor, pattern), 2, pattern.m)
     warm = None if warm_start is None else _warm(warm_start, shape, place)
     duals = torch.empty(shape, dtype=torch.float64, device=place) if return_duals else None
     mask, tallies, name, right = _solve(tensor, request, warm, duals, place)
-    require_feasible(mask, pattern, right)
+    found: MaskSolution[Any] = checked(mask, pattern, tallies, name, right=right)
+    return replace(
+        found,
+        mask=_like(mask, scores),
+        seconds=time.perf_counter() - started,
+        duals=None if duals is None else _like(duals, scores),
+    )
+
+
+def checked(
+    mask: torch.Tensor,
+    pattern: NMPattern,
+    tallies: Sequence[Tally],
+    solver: str,
+    seconds: float = 0.0,
+    right: torch.Tensor | None = None,
+) -> MaskSolution[torch.Tensor]:
+    """What the kernels' tallies say of a mask, once it is seen to be of the pattern; for `right` see violation().
+
+    Raises:
+        InfeasibleMaskError: it is not.
+        InputRefused: the sums are too large.
+    """
+    if (problem := violation(mask, pattern, right)) is not None:
+        raise InfeasibleMaskError(f"{pattern} {pattern.kind} mask of shape {tuple(mask.shape)}: {problem}")
     objective = _sum(tally.objective for tally in tallies)
     upper_bound = objective + _sum(tally.excess for tally in tallies)
     if not math.isfinite(upper_bound):
         raise InputRefused("the scores add up to more than float64 can hold", "divide them", code="nonfinite-weights")
     stopped = any(tally.unconverged for tally in tallies)
     return MaskSolution(
-        mask=_like(mask, scores),
+        mask=mask,
         objective=objective,
         upper_bound=upper_bound,
         worst_block_gap=max((tally.worst_gap for tally in tallies), default=0.0),
-        solver=name,
+        solver=solver,
         status=Status.MAX_ITERATIONS if stopped else Status.CONVERGED,
-        blocks=blocks,
+        blocks=_blocks(mask, pattern),
         repaired=sum(tally.repaired for tally in tallies),
         iterations=max((tally.iterations for tally in tallies), default=0),
-        seconds=time.perf_counter() - started,
-        duals=None if duals is None else _like(duals, scores),
+        seconds=seconds,
     )
 
 
-def require_feasible(mask: torch.Tensor, pattern: NMPattern, right: torch.Tensor | None = None) -> None:
-    """Raise InfeasibleMaskError if the mask [.., out, in] is not of the pattern; for `right` see violation()."""
-    if (problem := violation(mask, pattern, right)) is not None:
-        raise InfeasibleMaskError(f"{pattern} {pattern.kind} mask of shape {tuple(mask.shape)}: {problem}")
+def _blocks(scores: torch.Tensor, pattern: NMPattern) -> int:
+    return scores.numel() // (pattern.m * (pattern.m if pattern.transposable else 1))
 
 
 def _sum(values: Iterable[float]) -> float:

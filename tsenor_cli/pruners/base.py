@@ -11,6 +11,8 @@ import torch
 
 from tsenor_cli.errors import InputRefused, TsenorError, UsageError
 from tsenor_cli.masks.apply import apply_mask
+from tsenor_cli.masks.repeated import Repeated, RepeatedOnCPU
+from tsenor_cli.masks.request import Request
 from tsenor_cli.masks.solution import MaskSolution
 from tsenor_cli.masks.solve import solve_mask
 from tsenor_cli.pruners.gram import is_finite
@@ -41,6 +43,10 @@ class SolveMask(Protocol):
         """Scores [.., out, in] → a solution with a mask of that shape; `absolute` takes |scores|."""
         ...
 
+    def repeated(self, rows: int, dtype: torch.dtype) -> Repeated:
+        """The same for scores [rows, m], float32 or float64, again and again, on a CPU."""
+        ...
+
 
 @dataclass(frozen=True)
 class BoundSolver:
@@ -58,6 +64,11 @@ class BoundSolver:
     def keeps_largest(self) -> bool:
         """Of standard patterns, which know one solver."""
         return not self.pattern.transposable
+
+    def repeated(self, rows: int, dtype: torch.dtype) -> Repeated:
+        """See SolveMask."""
+        request = Request(self.pattern, self.solver, False, self.tau, self.iterations, self.local_search, self.fallback)
+        return RepeatedOnCPU(request, rows, dtype)
 
     def __call__(self, scores: torch.Tensor, /, *, absolute: bool = False) -> MaskSolution[torch.Tensor]:
         """See SolveMask."""

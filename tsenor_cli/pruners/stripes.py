@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
 
 from tsenor_cli.errors import InputRefused
 from tsenor_cli.kernels import stripes
-from tsenor_cli.kernels.contract import UnusableScoresError
-from tsenor_cli.masks.solution import MaskSolution, Status, join_columns
-from tsenor_cli.masks.solve import require_feasible
+from tsenor_cli.kernels.contract import Tally, UnusableScoresError
+from tsenor_cli.masks.solution import MaskSolution, join_columns
+from tsenor_cli.masks.solve import checked
 from tsenor_cli.pruners.base import SolveMask, overflow
-from tsenor_cli.specs import NMPattern
 
 
 class Columns(NamedTuple):
@@ -68,39 +67,6 @@ def in_torch(block: Columns, solve_mask: SolveMask) -> Swept:
     return Swept(values.T, solution, lost, float(change.square().sum(dtype=torch.float64)))
 
 
-def in_compiled_code(block: Columns, solve_mask: SolveMask) -> Swept:
-    """On a CPU, where calls of torch on a few columns would cost more than what they do."""
-    weight, mask = torch.empty_like(block.weight), torch.empty(block.weight.shape, dtype=torch.bool)
-    given = (block.weight, block.updates, block.pull, block.local)
-    work = stripes.open_block(*(part.contiguous().numpy() for part in given))
-    to = stripes.rounding(torch.finfo(block.narrow), torch.finfo(weight.dtype))
-    if solve_mask.keeps_largest:
-        parts = [_keep_largest(work, to, solve_mask.pattern, mask, block.narrow)]
-    else:
-        parts = []
-        scores = torch.empty(len(weight), solve_mask.pattern.m, dtype=weight.dtype)
-        for first in range(0, weight.shape[1], solve_mask.pattern.m):
-            stripes.bring_up_to_date(work, first, scores.numpy())
-            solution = _solve(solve_mask, scores, block.narrow)
-            stripes.finish(work, first, solution.mask.numpy(), to)
-            parts.append(replace(solution, mask=mask))  # thousands of small ones would leave holes in the heap
-    lost, moved = stripes.close_block(work, weight.numpy(), block.change.numpy(), mask.numpy())
-    if solve_mask.keeps_largest:
-        require_feasible(mask, solve_mask.pattern)
-    return Swept(weight, join_columns(parts, mask), lost, moved)
-
-
-def _keep_largest(
-    work: stripes.Block, to: stripes.Rounding, pattern: NMPattern, mask: torch.Tensor, narrow: torch.dtype
-) -> MaskSolution[torch.Tensor]:
-    """All stripes at once: rows have nothing to do with one another. It takes no time that could be told apart."""
-    try:
-        kept = stripes.finish_all(work, pattern.n, pattern.m, len(mask), to)
-    except UnusableScoresError:
-        raise overflow(narrow) from None
-    return MaskSolution(mask, kept, kept, 0.0, "top-n", Status.CONVERGED, mask.numel() // pattern.m, 0, 0, 0.0)
-
-
 def _solve(solve_mask: SolveMask, scores: torch.Tensor, narrow: torch.dtype) -> MaskSolution[torch.Tensor]:
     """The weights were finite at first: scores that are not come from values that have left the dtype."""
     try:
@@ -109,3 +75,34 @@ def _solve(solve_mask: SolveMask, scores: torch.Tensor, narrow: torch.dtype) -> 
         if bool(torch.isfinite(scores).all()):
             raise
         raise overflow(narrow) from None
+
+
+def in_compiled_code(block: Columns, solve_mask: SolveMask) -> Swept:
+    """On a CPU, where calls of torch on a few columns would cost more than what they do."""
+    shape, dtype = block.weight.shape, block.weight.dtype
+    weight, mask = torch.empty(shape, dtype=dtype), torch.empty(shape, dtype=torch.bool)
+    given = (block.weight, block.updates, block.pull, block.local)
+    work = stripes.open_block(*(part.contiguous().numpy() for part in given))
+    to = stripes.rounding(torch.finfo(block.narrow), torch.finfo(dtype))
+    try:
+        solution_of = _finish(work, to, solve_mask, weight)
+    except UnusableScoresError:
+        raise overflow(block.narrow) from None
+    lost, moved = stripes.close_block(work, weight.numpy(), block.change.numpy(), mask.numpy())
+    return Swept(weight, solution_of(mask), lost, moved)
+
+
+def _finish(
+    work: stripes.Block, to: stripes.Rounding, solve_mask: SolveMask, weight: torch.Tensor
+) -> Callable[[torch.Tensor], MaskSolution[torch.Tensor]]:
+    """Finish all stripes of a block like `weight`; gives what makes a solution of their mask."""
+    pattern, (rows, columns) = solve_mask.pattern, weight.shape
+    if solve_mask.keeps_largest:  # all at once: rows have nothing to do with one another
+        tally = Tally(stripes.finish_all(work, pattern.n, pattern.m, rows, to), 0.0, 0.0, 0)
+        return lambda mask: checked(mask, pattern, [tally], "top-n")
+    solver = solve_mask.repeated(rows, weight.dtype)
+    for first in range(0, columns, pattern.m):
+        stripes.bring_up_to_date(work, first, solver.scores.numpy())
+        solver.solve()
+        stripes.finish(work, first, solver.mask.numpy(), to)
+    return solver.solution
