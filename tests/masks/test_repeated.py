@@ -34,10 +34,10 @@ def test_each_mask_is_that_of_a_single_solve(name, dtype):
         single.append(solver(scores))
         assert torch.equal(masks[-1], single[-1].mask)
     solution = repeated.solution(torch.cat(masks, dim=1))
-    for name in ("objective", "upper_bound", "blocks", "repaired"):
-        assert getattr(solution, name) == pytest.approx(sum(getattr(one, name) for one in single), rel=1e-12)
-    for name in ("worst_block_gap", "iterations"):
-        assert getattr(solution, name) == max(getattr(one, name) for one in single)
+    for fact in ("objective", "upper_bound", "blocks", "repaired"):
+        assert getattr(solution, fact) == pytest.approx(sum(getattr(one, fact) for one in single), rel=1e-12)
+    for fact in ("worst_block_gap", "iterations"):
+        assert getattr(solution, fact) == max(getattr(one, fact) for one in single)
     assert (solution.solver, solution.status) == (single[0].solver, single[0].status)
     assert solution.seconds > 0
 
