@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """What transposable masks cost a calibrated method: its time beside that with standard masks, in turn, in one run.
 
-    scripts/bench_pruners.py [--size 4096] [--nm 2:4 --nm 8:16 --nm 16:32] [--rounds 3]
+    scripts/bench_pruners.py [--size 4096] [--nm 2:4 --nm 8:16 --nm 16:32] [--rounds 3] [--method sparsegpt]
 
 Prunes one bfloat16 weight [size, size] whose inputs are correlated. A time is that of the whole call of `prune`, the
 factorisation of the Gram matrix included; the best of the rounds counts. ALPS is held to a fixed number of iterations,
@@ -32,16 +32,17 @@ def main() -> None:
     parser.add_argument("--size", type=int, default=4096)
     parser.add_argument("--nm", action="append", help="patterns [2:4, 8:16 and 16:32]")
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--method", action="append", choices=GOALS, help="[both]")
     args = parser.parse_args()
     weight, gram = example(args.size)
-    methods = {"sparsegpt": SparseGPT(), "alps": Alps(iterations=ALPS_ITERATIONS)}
+    methods: dict[str, Pruner] = {"sparsegpt": SparseGPT(), "alps": Alps(iterations=ALPS_ITERATIONS)}
     for nm in args.nm or ["2:4", "8:16", "16:32"]:
-        for name, method in methods.items():
+        for name in args.method or methods:
             best = dict.fromkeys(("standard", "transposable"), float("inf"))
             for _ in range(args.rounds):
                 for kind in ("standard", "transposable"):
                     solver = BoundSolver(NMPattern.parse(nm, transposable=kind == "transposable"))
-                    seconds, layer = timed(method, weight, gram, solver)
+                    seconds, layer = timed(methods[name], weight, gram, solver)
                     check(layer, solver.pattern)
                     best[kind] = min(best[kind], seconds)
             ratio = best["transposable"] / best["standard"]

@@ -52,9 +52,8 @@ class SparseGPT:
         stats = require(stats, self.needs, weight)
         factor = upper_factor(stats, self.damping, solve_mask.pattern.m, working_dtype(weight))
         swept = _sweep(weight, factor, solve_mask, self.block)
-        mask, loss, pruned = swept.solution.mask, None, apply_mask(weight, swept.solution.mask)
-        if self.update:
-            pruned, loss = swept.weight, _loss(swept, stats, factor)
+        mask = swept.solution.mask
+        pruned, loss = (swept.weight, _loss(swept, stats, factor)) if self.update else (apply_mask(weight, mask), None)
         return PrunedLayer(pruned, swept.solution, assess(weight, mask, pruned, stats, factor.damping, loss))
 
 
