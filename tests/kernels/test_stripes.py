@@ -18,7 +18,7 @@ COLUMNS = 24
 
 
 def make_parts(outputs, m, dtype=np.float32, columns=COLUMNS):
-    """The arguments of open_block."""
+    """Columns of a weight, and what their updates are made of."""
     rng = np.random.default_rng(0)
     weight, updates = (rng.standard_normal((outputs, columns)).astype(dtype) for _ in range(2))
     pull, local = rng.standard_normal((columns, columns)) / columns, np.triu(rng.standard_normal((columns // m, m, m)))
@@ -27,7 +27,8 @@ def make_parts(outputs, m, dtype=np.float32, columns=COLUMNS):
 
 
 def make_block(outputs, m, dtype=np.float32, columns=COLUMNS):
-    return open_block(*make_parts(outputs, m, dtype, columns))
+    weight, *others = make_parts(outputs, m, dtype, columns)
+    return open_block(weight, 0, *others)
 
 
 def flat(grouped, outputs):
@@ -40,7 +41,7 @@ def closed(block, outputs):
     columns, dtype = block.values.shape[1], block.values.dtype
     weight, change = np.empty((outputs, columns), dtype), np.empty((columns, outputs), dtype)
     mask = np.empty((outputs, columns), np.bool_)
-    return weight, change, mask, *close_block(block, weight, change, mask)
+    return weight, change, mask, *close_block(block, 0, weight, change, mask)
 
 
 TO_BFLOAT16 = rounding(torch.finfo(torch.bfloat16), torch.finfo(torch.float32))
@@ -49,16 +50,18 @@ TO_BFLOAT16 = rounding(torch.finfo(torch.bfloat16), torch.finfo(torch.float32))
 @pytest.mark.parametrize("dtype", [np.float32, np.float64])
 @pytest.mark.parametrize("outputs", [1, 5, 16, 33])
 def test_a_block_is_opened_and_closed(outputs, dtype):
+    """In its own columns, which are not the first, and in no others."""
     weight, updates, pull, local = make_parts(outputs, 4, dtype)
-    block = open_block(weight, updates, pull, local)
+    whole = np.pad(weight, ((0, 0), (8, 4)))
+    block = open_block(whole, 8, updates, pull, local)
     assert np.array_equal(flat(block.change, outputs), weight.T)
     assert np.array_equal(flat(block.values, outputs), weight.T + updates)
     block.kept[:] = block.values > 0
-    result, change, mask, lost, moved = closed(block, outputs)
+    change, mask = np.empty_like(updates), np.zeros(whole.shape, np.bool_)
+    assert close_block(block, 8, whole, change, mask) == (0.0, 0.0)
     assert np.array_equal(change, weight.T)
-    assert np.array_equal(result, weight + updates.T)
-    assert np.array_equal(mask, result > 0)
-    assert (lost, moved) == (0.0, 0.0)
+    assert np.array_equal(whole, np.pad(weight + updates.T, ((0, 0), (8, 4))))
+    assert np.array_equal(mask, whole > 0)
 
 
 @pytest.mark.parametrize("dtype", [np.float32, np.float64])
@@ -167,7 +170,7 @@ def test_rounding_is_that_of_torch(narrow):
     numbers = numbers[numbers.isfinite() & (numbers.abs() <= torch.finfo(narrow).max)]
     expected = numbers.to(narrow).float()
     weight, nothing = numbers[:, None].numpy(), np.zeros((1, len(numbers)), np.float32)
-    block = open_block(weight, nothing, np.zeros((1, 1), np.float32), np.ones((1, 1, 1), np.float32))
+    block = open_block(weight, 0, nothing, np.zeros((1, 1), np.float32), np.ones((1, 1, 1), np.float32))
     finish(block, 0, np.ones((len(numbers), 1), np.bool_), rounding(torch.finfo(narrow), torch.finfo(torch.float32)))
     rounded = closed(block, len(numbers))[0][:, 0]
     assert np.array_equal(rounded, expected.numpy())

@@ -20,7 +20,7 @@ def test_both_give_the_same_weights(n, m, transposable, dtype, monkeypatch):
     features, out = m * -(-160 // m), m * -(-24 // m)
     weight, solver = make_weight(out, features, dtype), BoundSolver(NMPattern(n, m, transposable))
     compiled = SparseGPT().prune(weight, solver, stats_of(make_inputs(2 * features, features)))
-    monkeypatch.setattr(stripes, "in_compiled_code", stripes.in_torch)
+    monkeypatch.setattr(stripes, "InCompiledCode", stripes.InTorch)
     plain = SparseGPT().prune(weight, solver, stats_of(make_inputs(2 * features, features)))
     assert torch.equal(compiled.solution.mask, plain.solution.mask)
     assert torch.equal(compiled.solution.mask, compiled.weight != 0)

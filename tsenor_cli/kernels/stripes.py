@@ -72,22 +72,22 @@ class Block(NamedTuple):
     local: Floats  # [columns / m, m, m]: R_ss⁻¹ of every stripe, upper triangular
 
 
-def open_block(weight: Floats, updates: Floats, pull: Floats, local: Floats) -> Block:
+def open_block(weight: Floats, start: int, updates: Floats, pull: Floats, local: Floats) -> Block:
     """Begin with a block of columns.
 
     Args:
-        weight: [outputs, columns], contiguous.
+        weight: [outputs, inputs], contiguous.
+        start: the first column of the block.
         updates: [columns, outputs], contiguous: what the blocks before this one ask for.
         pull: see Block; contiguous.
         local: see Block; contiguous.
     """
-    (outputs, columns), dtype = weight.shape, weight.dtype
-    groups = -(-outputs // LANES)
-    values, change = (np.empty((groups, columns, LANES), dtype) for _ in range(2))
-    kept, squares = np.empty(values.shape, np.uint8), np.zeros((groups, 2, LANES), dtype)
-    block = Block(values, change, kept, squares, pull, local)
+    (columns, outputs), dtype = updates.shape, weight.dtype
+    shape = (-(-outputs // LANES), columns, LANES)
+    values, change, kept = np.empty(shape, dtype), np.empty(shape, dtype), np.empty(shape, np.uint8)
+    block = Block(values, change, kept, np.zeros((shape[0], 2, LANES), dtype), pull, local)
     gather = _compile(dtype).gather
-    _over_groups(block, columns * _MOVED, lambda start, end, _: gather(block, weight, updates, start, end))
+    _over_groups(block, columns * _MOVED, lambda first, last, _: gather(block, first, last, weight, start, updates))
     return block
 
 
@@ -143,24 +143,25 @@ def finish_all(block: Block, n: int, m: int, outputs: int, rounded: Rounding) ->
     return math.fsum(kept)
 
 
-def close_block(block: Block, weight: Floats, change: Floats, mask: Mask) -> tuple[float, float]:
+def close_block(block: Block, start: int, weight: Floats, change: Floats, mask: Mask) -> tuple[float, float]:
     """Write down what has become of a block.
 
     Args:
         block: all of its stripes are finished.
-        weight: [outputs, columns], contiguous: receives the last values.
+        start: its first column.
+        weight: [outputs, inputs], contiguous: receives the last values in its columns.
         change: [columns, outputs], contiguous: receives the original ones less these.
-        mask: bool [outputs, columns], contiguous.
+        mask: bool [outputs, inputs], contiguous.
 
     Returns:
         Σ of errors² and of changes².
     """
-    scatter, columns = _compile(weight.dtype).scatter, weight.shape[1]
+    scatter = _compile(weight.dtype).scatter
 
-    def chunk(start: int, end: int, _: None) -> None:
-        scatter(block, start, end, weight, change, mask.view(np.uint8))
+    def chunk(first: int, last: int, _: None) -> None:
+        scatter(block, first, last, weight, start, change, mask.view(np.uint8))
 
-    _over_groups(block, columns * _MOVED, chunk)
+    _over_groups(block, len(change) * _MOVED, chunk)
     lost, moved = block.squares.sum((0, 2), dtype=np.float64).tolist()
     return lost, moved
 
@@ -199,27 +200,27 @@ def _compile(dtype: np.dtype[Any]) -> _Kernels:
     rounded, scratch = rounding(same, same), _scratch(1, dtype)
     block = Block(grouped, grouped, grouped.astype(np.uint8), grouped, plain, np.zeros((0, 1, 1), dtype))
     with compiling():
-        _gather(block, plain, plain, 0, 0)
+        _gather(block, 0, 0, plain, 0, plain)
         _update(block, 0, 1, 0, 0, plain)
         _finish(block, 0, 1, 0, 0, mask, rounded, scratch)
         _select(block, 1, 1, 0, 0, 0, rounded, scratch)
-        _scatter(block, 0, 0, plain, plain, mask)
+        _scatter(block, 0, 0, plain, 0, plain, mask)
     return _Kernels(_gather, _update, _finish, _select, _scatter)
 
 
 @compiled
-def _gather(block: Block, weight: Floats, updates: Floats, start: int, end: int) -> None:
+def _gather(block: Block, start: int, end: int, weight: Floats, column: int, updates: Floats) -> None:
     for group in range(start, end):
         first, used = group * LANES, min(LANES, len(weight) - group * LANES)
         for j in range(block.values.shape[1]):
             for t in range(LANES):
-                x = weight[first + t, j] if t < used else 0
+                x = weight[first + t, column + j] if t < used else 0
                 block.change[group, j, t] = x
                 block.values[group, j, t] = x + updates[j, first + t] if t < used else 0
 
 
 @compiled
-def _scatter(block: Block, start: int, end: int, weight: Floats, change: Floats, mask: Mask) -> None:
+def _scatter(block: Block, start: int, end: int, weight: Floats, column: int, change: Floats, mask: Mask) -> None:
     for group in range(start, end):
         first, used = group * LANES, min(LANES, len(weight) - group * LANES)
         for j in range(block.values.shape[1]):
@@ -227,8 +228,8 @@ def _scatter(block: Block, start: int, end: int, weight: Floats, change: Floats,
                 change[j, first + t] = block.change[group, j, t]
         for t in range(used):
             for j in range(block.values.shape[1]):
-                weight[first + t, j] = block.values[group, j, t]
-                mask[first + t, j] = block.kept[group, j, t]
+                weight[first + t, column + j] = block.values[group, j, t]
+                mask[first + t, column + j] = block.kept[group, j, t]
 
 
 @compiled

@@ -224,13 +224,18 @@ def finished(weight: torch.Tensor, values: torch.Tensor, mask: torch.Tensor) -> 
         TsenorError: an updated weight is too large for the dtype.
     """
     pruned = apply_mask(values.to(weight.dtype), mask)
-    if not all(bool(torch.isfinite(pruned[rows]).all()) for rows in bands(len(pruned))):
-        raise overflow(weight.dtype)
+    check_range(pruned)
     return pruned
 
 
+def check_range(weight: torch.Tensor) -> None:
+    """Raise if an update has left the range of the dtype."""
+    if not all(map(math.isfinite, torch.stack(torch.aminmax(weight)).tolist())):  # NaN travels through both
+        raise overflow(weight.dtype)
+
+
 def overflow(dtype: torch.dtype) -> TsenorError:
-    """An update has left the range of the dtype."""
+    """What check_range raises."""
     name = str(dtype).removeprefix("torch.")
     return TsenorError(
         f"the updated weights do not fit into {name}",

@@ -2,27 +2,25 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import ClassVar
 
 import torch
 
 from tsenor_cli.masks.apply import apply_mask
-from tsenor_cli.masks.solution import join_columns
 from tsenor_cli.pruners.base import (
     InputStats,
     Needs,
     PrunedLayer,
     SolveMask,
+    check_range,
     gram_of,
-    overflow,
     require,
     working_dtype,
 )
 from tsenor_cli.pruners.error import assess
 from tsenor_cli.pruners.factor import Factor, upper_factor
 from tsenor_cli.pruners.gram import mean_square
-from tsenor_cli.pruners.stripes import Columns, Swept, sweep
+from tsenor_cli.pruners.stripes import Block, Sweep, sweep_for
 
 _DISTINCT = 0.1  # a difference that is less than this of its terms is computed anew
 
@@ -51,13 +49,14 @@ class SparseGPT:
         """See Pruner.prune. What `solution` sums up are scores in units of the mean squared norm of an input."""
         stats = require(stats, self.needs, weight)
         factor = upper_factor(stats, self.damping, solve_mask.pattern.m, working_dtype(weight))
-        swept = _sweep(weight, factor, solve_mask, self.block)
-        mask = swept.solution.mask
-        pruned, loss = (swept.weight, _loss(swept, stats, factor)) if self.update else (apply_mask(weight, mask), None)
-        return PrunedLayer(pruned, swept.solution, assess(weight, mask, pruned, stats, factor.damping, loss))
+        swept, pruned = _sweep(weight, factor, solve_mask, self.block)
+        solution, loss = swept.solution(), _loss(swept, stats, factor)
+        if not self.update:
+            pruned, loss = apply_mask(weight, solution.mask), None
+        return PrunedLayer(pruned, solution, assess(weight, solution.mask, pruned, stats, factor.damping, loss))
 
 
-def _sweep(weight: torch.Tensor, factor: Factor, solve_mask: SolveMask, width: int) -> Swept:
+def _sweep(weight: torch.Tensor, factor: Factor, solve_mask: SolveMask, width: int) -> tuple[Sweep, torch.Tensor]:
     """Prune and update.
 
     Algorithm 1 keeps the errors E of all columns so far, and adds -E U to the right as it goes. With D = E U the change
@@ -70,26 +69,19 @@ def _sweep(weight: torch.Tensor, factor: Factor, solve_mask: SolveMask, width: i
     """
     m, dtype, (out, inputs) = solve_mask.pattern.m, factor.local.dtype, weight.shape
     width = max(m, width // m * m)
-    pruned = torch.empty_like(weight, memory_format=torch.contiguous_format)
-    mask = torch.empty_like(pruned, dtype=torch.bool)
-    change = torch.empty(inputs, out, dtype=dtype, device=weight.device)  # D, transposed; no other copy of the weight
-    solutions, lost, moved = [], 0.0, 0.0
+    values = weight.to(dtype, copy=True, memory_format=torch.contiguous_format)
+    change = torch.empty(inputs, out, dtype=dtype, device=weight.device)  # D, transposed
+    sweep = sweep_for(weight)(values, weight.dtype, solve_mask)
     for start in range(0, inputs, width):
         here = slice(start, min(start + width, inputs))
         pull, local = factor.pull(start, here.stop), factor.local[start // m : here.stop // m]
-        updates = pull[:, :start] @ change[:start]
-        columns = Columns(weight[:, here].to(dtype), updates, change[here], pull[:, start:], local, weight.dtype)
-        block = sweep(columns, solve_mask)
-        smallest, largest = torch.aminmax(block.weight)
-        if not float(torch.maximum(-smallest, largest)) <= torch.finfo(weight.dtype).max:  # or not a number
-            raise overflow(weight.dtype)
-        pruned[:, here], mask[:, here] = block.weight, block.solution.mask
-        solutions.append(replace(block.solution, mask=mask))
-        lost, moved = lost + block.lost, moved + block.moved
-    return Swept(pruned, join_columns(solutions, mask), lost, moved)
+        sweep.finish(Block(here, pull[:, :start] @ change[:start], change[here], pull[:, start:], local))
+    pruned = values.to(weight.dtype)
+    check_range(pruned)
+    return sweep, pruned
 
 
-def _loss(swept: Swept, stats: InputStats, factor: Factor) -> float | None:
+def _loss(swept: Sweep, stats: InputStats, factor: Factor) -> float | None:
     """‖X(W − W')ᵀ‖² from Σ E², which is that of the damped matrix; None where damping is nearly all of it."""
     loss = swept.lost - factor.damping.relative * swept.moved
     return mean_square(gram_of(stats)) * loss if loss > _DISTINCT * swept.lost else None

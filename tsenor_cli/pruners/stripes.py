@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import torch
 
@@ -15,94 +14,131 @@ from tsenor_cli.masks.solve import checked
 from tsenor_cli.pruners.base import SolveMask, overflow
 
 
-class Columns(NamedTuple):
-    """A block of columns before its turn. All but `narrow` in the dtype of the sweep."""
+class Block(NamedTuple):
+    """Some columns of the weight, and what their updates are made of, in the dtype of the sweep."""
 
-    weight: torch.Tensor  # [out, columns]
+    columns: slice
     updates: torch.Tensor  # [columns, out]: what the changes of the blocks before this one ask for
     change: torch.Tensor  # [columns, out], contiguous: receives what the weight was less what it is
     pull: torch.Tensor  # [columns, columns]: how much of the change of a column (2nd) is to be added to a later one
     local: torch.Tensor  # [columns / m, m, m]: R_ss⁻¹ of every stripe, upper triangular
-    narrow: torch.dtype  # of the weight: what values are rounded to
 
 
-class Swept(NamedTuple):
-    """And after it."""
+class Sweep(Protocol):
+    """One weight, block by block, from the left.
 
-    weight: torch.Tensor  # [out, columns], rounded
-    solution: MaskSolution[torch.Tensor]  # of the stripes together
-    lost: float  # Σ of the squared errors E: what the outputs lose by the damped Gram matrix
-    moved: float  # Σ of the squared changes
+    Args:
+        weight: [out, in], contiguous, in the dtype of the sweep: receives the new one.
+        narrow: its own dtype, which values are rounded to.
 
-
-def sweep(block: Columns, solve_mask: SolveMask) -> Swept:
-    """For each stripe of m columns: bring it up to date, find its mask, give its columns their last values in turn.
-
-    They are rounded then, not at the end, so that later columns make up for the rounding as well.
-
-    Raises:
-        TsenorError: a value that is not finite.
+    Attributes:
+        lost: Σ of the squared errors E so far: what the outputs lose by the damped Gram matrix.
+        moved: Σ of the squared changes.
     """
-    return (in_compiled_code if block.weight.device.type == "cpu" else in_torch)(block, solve_mask)
+
+    lost: float
+    moved: float
+
+    def __init__(self, weight: torch.Tensor, narrow: torch.dtype, solve_mask: SolveMask) -> None: ...
+
+    def finish(self, block: Block) -> None:
+        """For each stripe of m columns: bring it up to date, find its mask, give its columns their last values in turn.
+
+        They are rounded then, not at the end, so that later columns make up for the rounding as well.
+
+        Raises:
+            TsenorError: a score has left the range of the dtype.
+        """
+        ...
+
+    def solution(self) -> MaskSolution[torch.Tensor]:
+        """Of all stripes together."""
+        ...
 
 
-def in_torch(block: Columns, solve_mask: SolveMask) -> Swept:
+def sweep_for(weight: torch.Tensor) -> type[Sweep]:
+    """How to sweep over a weight where it is."""
+    return InCompiledCode if weight.device.type == "cpu" else InTorch
+
+
+class InTorch:
     """On any device, as one would write it."""
-    m, change, solutions, lost = solve_mask.pattern.m, block.change.copy_(block.weight.T), [], 0.0
-    values = change + block.updates
-    for number, local in enumerate(block.local):
-        first, stripe = number * m, slice(number * m, (number + 1) * m)
-        columns = values[stripe].addmm_(block.pull[stripe, :first], change[:first])
-        scores = (columns / local.diagonal()[:, None]).square_().T.contiguous()
-        solutions.append(_solve(solve_mask, scores, block.narrow))
-        keep, errors = solutions[-1].mask.T.contiguous(), torch.empty_like(columns)
-        for j, (column, kept) in enumerate(zip(columns, keep, strict=True)):
-            column.addmv_(errors[:j].T, local[:j, j], alpha=-1)
-            last = (column * kept).to(block.narrow).add_(0.0)  # no -0.0
-            torch.sub(column, last, out=errors[j]).div_(local[j, j])
-            column.copy_(last)
-        change[stripe] -= columns
-        lost += float(errors.square().sum(dtype=torch.float64))
-    solution = join_columns(solutions, torch.cat([part.mask for part in solutions], dim=1))
-    return Swept(values.T, solution, lost, float(change.square().sum(dtype=torch.float64)))
+
+    def __init__(self, weight: torch.Tensor, narrow: torch.dtype, solve_mask: SolveMask) -> None:
+        self._weight, self._narrow, self._solve_mask = weight, narrow, solve_mask
+        self._solutions: list[MaskSolution[torch.Tensor]] = []
+        self.lost = self.moved = 0.0
+
+    def finish(self, block: Block) -> None:
+        """See Sweep."""
+        m, change = self._solve_mask.pattern.m, block.change.copy_(self._weight[:, block.columns].T)
+        values = change + block.updates
+        for number, local in enumerate(block.local):
+            first, stripe = number * m, slice(number * m, (number + 1) * m)
+            columns = values[stripe].addmm_(block.pull[stripe, :first], change[:first])
+            keep = self._mask((columns / local.diagonal()[:, None]).square_().T.contiguous()).T.contiguous()
+            errors = torch.empty_like(columns)
+            for j, (column, kept) in enumerate(zip(columns, keep, strict=True)):
+                column.addmv_(errors[:j].T, local[:j, j], alpha=-1)
+                last = (column * kept).to(self._narrow).add_(0.0)  # no -0.0
+                torch.sub(column, last, out=errors[j]).div_(local[j, j])
+                column.copy_(last)
+            change[stripe] -= columns
+            self.lost += float(errors.square().sum(dtype=torch.float64))
+        self.moved += float(change.square().sum(dtype=torch.float64))
+        self._weight[:, block.columns] = values.T
+
+    def solution(self) -> MaskSolution[torch.Tensor]:
+        """See Sweep."""
+        return join_columns(self._solutions, torch.cat([part.mask for part in self._solutions], dim=1))
+
+    def _mask(self, scores: torch.Tensor) -> torch.Tensor:
+        """The weights were finite at first: scores that are not come from values that have left the dtype."""
+        try:
+            self._solutions.append(self._solve_mask(scores))
+        except InputRefused:
+            if bool(torch.isfinite(scores).all()):
+                raise
+            raise overflow(self._narrow) from None
+        return self._solutions[-1].mask
 
 
-def _solve(solve_mask: SolveMask, scores: torch.Tensor, narrow: torch.dtype) -> MaskSolution[torch.Tensor]:
-    """The weights were finite at first: scores that are not come from values that have left the dtype."""
-    try:
-        return solve_mask(scores)
-    except InputRefused:
-        if bool(torch.isfinite(scores).all()):
-            raise
-        raise overflow(narrow) from None
-
-
-def in_compiled_code(block: Columns, solve_mask: SolveMask) -> Swept:
+class InCompiledCode:
     """On a CPU, where calls of torch on a few columns would cost more than what they do."""
-    shape, dtype = block.weight.shape, block.weight.dtype
-    weight, mask = torch.empty(shape, dtype=dtype), torch.empty(shape, dtype=torch.bool)
-    given = (block.weight, block.updates, block.pull, block.local)
-    work = stripes.open_block(*(part.contiguous().numpy() for part in given))
-    to = stripes.rounding(torch.finfo(block.narrow), torch.finfo(dtype))
-    try:
-        solution_of = _finish(work, to, solve_mask, weight)
-    except UnusableScoresError:
-        raise overflow(block.narrow) from None
-    lost, moved = stripes.close_block(work, weight.numpy(), block.change.numpy(), mask.numpy())
-    return Swept(weight, solution_of(mask), lost, moved)
 
+    def __init__(self, weight: torch.Tensor, narrow: torch.dtype, solve_mask: SolveMask) -> None:
+        self._weight, self._narrow, self._pattern = weight.numpy(), narrow, solve_mask.pattern
+        self._rounding = stripes.rounding(torch.finfo(narrow), torch.finfo(weight.dtype))
+        self._mask = torch.empty(weight.shape, dtype=torch.bool)
+        self._solver = None if solve_mask.keeps_largest else solve_mask.repeated(len(weight), weight.dtype)
+        self._tallies: list[Tally] = []  # without a solver
+        self.lost = self.moved = 0.0
 
-def _finish(
-    work: stripes.Block, to: stripes.Rounding, solve_mask: SolveMask, weight: torch.Tensor
-) -> Callable[[torch.Tensor], MaskSolution[torch.Tensor]]:
-    """Finish all stripes of a block like `weight`; gives what makes a solution of their mask."""
-    pattern, (rows, columns) = solve_mask.pattern, weight.shape
-    if solve_mask.keeps_largest:  # all at once: rows have nothing to do with one another
-        tally = Tally(stripes.finish_all(work, pattern.n, pattern.m, rows, to), 0.0, 0.0, 0)
-        return lambda mask: checked(mask, pattern, [tally], "top-n")
-    solver = solve_mask.repeated(rows, weight.dtype)
-    for first in range(0, columns, pattern.m):
-        stripes.bring_up_to_date(work, first, solver.scores.numpy())
-        solver.solve()
-        stripes.finish(work, first, solver.mask.numpy(), to)
-    return solver.solution
+    def finish(self, block: Block) -> None:
+        """See Sweep."""
+        arrays = (part.contiguous().numpy() for part in (block.updates, block.pull, block.local))
+        work = stripes.open_block(self._weight, block.columns.start, *arrays)
+        try:
+            self._finish(work)
+        except UnusableScoresError:
+            raise overflow(self._narrow) from None
+        written = self._weight, block.change.numpy(), self._mask.numpy()
+        lost, moved = stripes.close_block(work, block.columns.start, *written)
+        self.lost, self.moved = self.lost + lost, self.moved + moved
+
+    def _finish(self, work: stripes.Block) -> None:
+        n, m, rows = self._pattern.n, self._pattern.m, len(self._weight)
+        if self._solver is None:  # all stripes at once: rows have nothing to do with one another
+            self._tallies.append(Tally(stripes.finish_all(work, n, m, rows, self._rounding), 0.0, 0.0, 0))
+            return
+        scores, mask = self._solver.scores.numpy(), self._solver.mask.numpy()
+        for first in range(0, work.values.shape[1], m):
+            stripes.bring_up_to_date(work, first, scores)
+            self._solver.solve()
+            stripes.finish(work, first, mask, self._rounding)
+
+    def solution(self) -> MaskSolution[torch.Tensor]:
+        """See Sweep."""
+        if self._solver is None:
+            return checked(self._mask, self._pattern, self._tallies, "top-n")
+        return self._solver.solution(self._mask)
