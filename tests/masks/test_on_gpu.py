@@ -27,7 +27,7 @@ def gpu(monkeypatch):
     seen, limit = [], [ROOM]
 
     def kernel(request):
-        compiled = on_cpu._kernel(request)
+        compiled = on_cpu.kernel_of(request)
 
         def run(scores, mask, warm, duals, sign):
             if scores.numel() > limit[0]:
