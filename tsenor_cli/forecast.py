@@ -159,7 +159,7 @@ def _calibrating(plan: Plan, rates: Rates, size: int, tokens: int) -> dict[str, 
 
 
 def _update(item: TensorPlan) -> float:
-    """Operations to prune a tensor by its method; float64 counts twice (docs/measured.md)."""
+    """Operations to prune a tensor by its method; float64 counts twice. Fitted to runs on two cores."""
     if not item.calibrated or item.layout is None or item.choice is None:
         return 0.0
     out, inputs = matrix_size(item.tensor.shape, item.layout)

@@ -203,6 +203,8 @@ def test_an_update_that_leaves_float16():
 
     with pytest.raises(TsenorError, match="do not fit into float16"):
         SparseGPT(1e-9).prune(weight, KeepSecond(NMPattern(1, 2)), stats_of(inputs))
+    layer = SparseGPT(1e-9, update=False).prune(weight, KeepSecond(NMPattern(1, 2)), stats_of(inputs))
+    assert layer.weight.tolist() == [[0.0, weight[0, 1].item()]], "what the error says to do helps"
 
 
 def test_a_pruned_weight_may_be_updated_out_of_float16():

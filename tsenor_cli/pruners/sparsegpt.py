@@ -49,15 +49,18 @@ class SparseGPT:
         """See Pruner.prune. What `solution` sums up are scores in units of the mean squared norm of an input."""
         stats = require(stats, self.needs, weight)
         factor = upper_factor(stats, self.damping, solve_mask.pattern.m, working_dtype(weight))
-        swept, pruned = _sweep(weight, factor, solve_mask, self.block)
-        solution, loss = swept.solution(), _loss(swept, stats, factor)
-        if not self.update:
+        swept, values = _sweep(weight, factor, solve_mask, self.block)
+        solution = swept.solution()
+        if self.update:
+            pruned, loss = values.to(weight.dtype), _loss(swept, stats, factor)
+            check_range(pruned)
+        else:
             pruned, loss = apply_mask(weight, solution.mask), None
         return PrunedLayer(pruned, solution, assess(weight, solution.mask, pruned, stats, factor.damping, loss))
 
 
 def _sweep(weight: torch.Tensor, factor: Factor, solve_mask: SolveMask, width: int) -> tuple[Sweep, torch.Tensor]:
-    """Prune and update.
+    """Prune and update: the new weight [out, in] in the dtype of the sweep, and what is to be said of it.
 
     Algorithm 1 keeps the errors E of all columns so far, and adds -E U to the right as it goes. With D = E U the change
     of the weight, E is D R, and what a stripe s has to be brought to is w_s + Σ_{p<s} D_p R_ps R_ss⁻¹: here each stripe
@@ -65,7 +68,7 @@ def _sweep(weight: torch.Tensor, factor: Factor, solve_mask: SolveMask, width: i
     weight is written once. Within the stripe it is algorithm 1 as it stands.
 
     Raises:
-        TsenorError: an updated weight is too large for the dtype.
+        TsenorError: scores have left the range of the dtype.
     """
     m, dtype, (out, inputs) = solve_mask.pattern.m, factor.local.dtype, weight.shape
     width = max(m, width // m * m)
@@ -76,9 +79,7 @@ def _sweep(weight: torch.Tensor, factor: Factor, solve_mask: SolveMask, width: i
         here = slice(start, min(start + width, inputs))
         pull, local = factor.pull(start, here.stop), factor.local[start // m : here.stop // m]
         sweep.finish(Block(here, pull[:, :start] @ change[:start], change[here], pull[:, start:], local))
-    pruned = values.to(weight.dtype)
-    check_range(pruned)
-    return sweep, pruned
+    return sweep, values
 
 
 def _loss(swept: Sweep, stats: InputStats, factor: Factor) -> float | None:
