@@ -31,12 +31,12 @@ from tsenor_cli.device import CPU
 from tsenor_cli.distributed import Team
 from tsenor_cli.errors import InputRefused, TsenorError
 from tsenor_cli.observer import Observer
-from tsenor_cli.pruners.base import InputStats, PrunedLayer, Pruner, SolveMask
+from tsenor_cli.pruners.base import InputStats, PrunedLayer, Pruner, SolveMask, all_finite
 from tsenor_cli.pruners.magnitude import Magnitude
 from tsenor_cli.report.build import Tally
 from tsenor_cli.report.records import TensorRecord
 from tsenor_cli.specs import NMPattern
-from tsenor_cli.streaming import check_finite, is_finite
+from tsenor_cli.streaming import check_finite
 
 
 class _Unit(NamedTuple):
@@ -280,7 +280,7 @@ class Layerwise:
         """Refuse the first tensor that has NaN or infinite weights, of those that the inputs of `item` come from."""
         for other in self._plan.tensors:
             before = other.layer is None or (item.layer is not None and other.layer <= item.layer)
-            if before and other.tensor.torch_dtype.is_floating_point and not is_finite(other.tensor.read().float()):
+            if before and other.tensor.torch_dtype.is_floating_point and not all_finite(other.tensor.read().float()):
                 raise InputRefused(
                     f"{other.tensor.name} has NaN or infinite weights, and so have the inputs of {item.tensor.name}",
                     "fetch the checkpoint again, or use --method magnitude with --allow-nonfinite",

@@ -6,7 +6,6 @@ to disk meanwhile. In memory are a few bands, whatever the size of the checkpoin
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack
@@ -25,7 +24,7 @@ from tsenor_cli.errors import InputRefused
 from tsenor_cli.kernels.threads import limited
 from tsenor_cli.observer import Observer
 from tsenor_cli.overlap import ahead
-from tsenor_cli.pruners.base import Pruner, SolveMask
+from tsenor_cli.pruners.base import Pruner, SolveMask, all_finite
 from tsenor_cli.report.build import Tally, kept_record
 from tsenor_cli.report.records import TensorRecord
 from tsenor_cli.specs import NMPattern
@@ -187,7 +186,7 @@ def _streams(device: torch.device) -> list[torch.cuda.Stream]:
 
 def check_finite(item: TensorPlan, weight: torch.Tensor) -> None:
     """Refuse NaN and infinity, which cannot be ranked."""
-    if not is_finite(weight):
+    if not all_finite(weight):
         raise InputRefused(
             f"{item.tensor.name} has NaN or infinite weights",
             "fetch the checkpoint again, or copy such tensors as they are with --allow-nonfinite",
@@ -206,11 +205,6 @@ def _kept_if_nonfinite(item: TensorPlan) -> TensorPlan:
     assert item.layout is not None
     assert item.choice is not None
     parts = bands(item.tensor, item.layout, item.choice.pattern.m)
-    if all(is_finite(item.tensor.read(first, last)) for first, last in parts):
+    if all(all_finite(item.tensor.read(first, last)) for first, last in parts):
         return item
     return replace(item, reason="it has NaN or infinite weights")
-
-
-def is_finite(weight: torch.Tensor) -> bool:
-    """Whether no weight is NaN or infinite."""
-    return all(map(math.isfinite, torch.stack(torch.aminmax(weight)).tolist()))  # NaN travels through min and max

@@ -230,8 +230,13 @@ def finished(weight: torch.Tensor, values: torch.Tensor, mask: torch.Tensor) -> 
 
 def check_range(weight: torch.Tensor) -> None:
     """Raise if an update has left the range of the dtype."""
-    if not all(map(math.isfinite, torch.stack(torch.aminmax(weight)).tolist())):  # NaN travels through both
+    if not all_finite(weight):
         raise overflow(weight.dtype)
+
+
+def all_finite(weight: torch.Tensor) -> bool:
+    """Whether no weight is NaN or infinite."""
+    return all(map(math.isfinite, torch.stack(torch.aminmax(weight)).tolist()))  # NaN travels through min and max
 
 
 def overflow(dtype: torch.dtype) -> TsenorError:
