@@ -30,7 +30,7 @@ import torch
 
 from tsenor_cli.pruners.alps import Alps
 from tsenor_cli.pruners.base import BoundSolver, InputStats
-from tsenor_cli.pruners.error import output_energy
+from tsenor_cli.pruners.error import output_energies
 from tsenor_cli.pruners.sparsegpt import SparseGPT
 from tsenor_cli.specs import NMPattern
 
@@ -64,8 +64,9 @@ def main() -> int:
                     between = time.perf_counter()
                     theirs = original(weight, inputs, pattern)
                     ended = time.perf_counter()
-                    whole = output_energy(weight.double(), gram)
-                    errors = [output_energy((weight - pruned).double(), gram) / whole for pruned in (mine, theirs)]
+                    changes = [weight.double(), *((weight - pruned).double() for pruned in (mine, theirs))]
+                    whole, *lost = output_energies(changes, gram)
+                    errors = [loss / whole for loss in lost]
                     ratio = errors[0] / errors[1]
                     failed |= not ratio <= ALLOWED[name]
                     print(

@@ -6,21 +6,23 @@ import pytest
 import torch
 from pruners.examples import make_inputs, make_weight, stats_of
 
-from tsenor_cli.kernels import syrk
-from tsenor_cli.pruners.error import assess, output_energy
+from tsenor_cli.kernels import bfloat16
+from tsenor_cli.pruners.error import assess, output_energies
 from tsenor_cli.pruners.factor import Damping
 
 
 @pytest.mark.parametrize(("out", "features"), [(3, 5), (7, 512), (5, 700), (2, 1030)])
 @pytest.mark.parametrize(("dtype", "relative"), [(torch.float64, 1e-12), (torch.float32, 1e-5), (torch.bfloat16, 1e-5)])
-@pytest.mark.parametrize("instruction", [True, False])
-def test_energy_is_that_of_the_outputs(out, features, dtype, relative, instruction, monkeypatch):
-    """Of bfloat16 weights with the processor's own instruction, if it has that, and without."""
-    there = syrk._available()
-    monkeypatch.setattr(syrk, "_available", lambda: there and instruction)
-    weight, inputs = make_weight(out, features, dtype), make_inputs(40, features)
-    expected = float((inputs @ weight.double().T).square().sum())
-    assert output_energy(weight, stats_of(inputs).gram) == pytest.approx(expected, rel=relative)
+@pytest.mark.parametrize("unit", [None, "avx512", "amx"])
+def test_energies_are_those_of_the_outputs(out, features, dtype, relative, unit, monkeypatch):
+    """Of bfloat16 weights with the processor's own instructions, as far as it has them, and without."""
+    if unit is not None and not bfloat16.has(unit):
+        pytest.skip("this processor does not have the instruction")
+    monkeypatch.setattr(bfloat16, "unit", lambda: unit)
+    inputs = make_inputs(40, features)
+    weights = [make_weight(out, features, dtype, seed=seed) for seed in range(2)]
+    expected = [float((inputs @ weight.double().T).square().sum()) for weight in weights]
+    assert output_energies(weights, stats_of(inputs).gram) == pytest.approx(expected, rel=relative)
 
 
 def test_losses_are_those_of_the_outputs():

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 
 from tsenor_cli.kernels import syrk
@@ -24,21 +26,26 @@ def assess(
     `loss` is that of `pruned` for a method that knows it.
     """
     gram, dropped = gram_of(stats), apply_mask(weight, ~mask)
-    mask_loss = output_energy(dropped, gram)
+    energy, mask_loss = output_energies([weight, dropped], gram)
     if loss is None:
         loss = mask_loss if torch.equal(apply_mask(weight, mask), pruned) else _loss(weight, pruned, gram)
-    return Calibrated(stats.tokens, output_energy(weight, gram), mask_loss, loss, *damping)
+    return Calibrated(stats.tokens, energy, mask_loss, loss, *damping)
 
 
-def output_energy(weight: torch.Tensor, gram: torch.Tensor) -> float:
-    """‖X Wᵀ‖² = tr(W G Wᵀ) of a weight [out, in] and a Gram matrix float64 [in, in]; never negative.
+def output_energies(weights: Sequence[torch.Tensor], gram: torch.Tensor) -> list[float]:
+    """‖X Wᵀ‖² = tr(W G Wᵀ) of every weight [out, in], of one shape and dtype, and a Gram matrix float64 [in, in].
 
-    The products are float32 (float64 for float64 weights) and their sum float64, which is off by some 1e-7 of the
-    terms. G is symmetric, and read from its upper triangle: half of the products do.
+    Never negative. The products are float32 (float64 for float64 weights) and their sum float64, which is off by some
+    1e-7 of the terms. G is symmetric and read from its upper triangle: half of the products do.
     """
-    if syrk.takes(weight):  # tr(W G Wᵀ) is Σ (WᵀW)_ij G_ij, of which the first factor is exact
-        return max(syrk.energy(weight.contiguous().view(torch.uint16).numpy(), gram.contiguous().numpy()), 0.0)
-    weight, total = weight.to(working_dtype(weight)), 0.0
+    if all(map(syrk.takes, weights)):  # tr(W G Wᵀ) is Σ (WᵀW)_ij G_ij, of which the first factor is exact
+        bits = [weight.contiguous().view(torch.uint16).numpy() for weight in weights]
+        return [max(energy, 0.0) for energy in syrk.energies(bits, gram.contiguous().numpy())]
+    return [_energy(weight.to(working_dtype(weight)), gram) for weight in weights]
+
+
+def _energy(weight: torch.Tensor, gram: torch.Tensor) -> float:
+    total = 0.0
     for here, above, corner in columns(gram):
         product = weight[:, here] @ corner.to(weight.dtype)
         product.addmm_(weight[:, : here.start], above.to(weight.dtype), alpha=2.0)
@@ -51,4 +58,4 @@ def _loss(weight: torch.Tensor, other: torch.Tensor, gram: torch.Tensor) -> floa
     difference = weight.to(working_dtype(weight), copy=True)
     for rows in bands(len(weight)):
         difference[rows] -= other[rows]
-    return output_energy(difference, gram)
+    return output_energies([difference], gram)[0]
