@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import json
+import shutil
 
 import pytest
 from report.examples import large_report
@@ -15,15 +16,21 @@ from tsenor_cli.report.read import read_report
 from tsenor_cli.specs import NMPattern, PruneSpec
 
 
-@pytest.fixture
-def runs(llama, tmp_path, real_page):  # noqa: ARG001  (asked for, not used)
-    """Two real runs, and a large one that is made up, in the current directory."""
-    work = tmp_path / "work"
-    prune(PruneSpec(str(llama), work / "a", NMPattern(2, 4)))
-    prune(PruneSpec(str(llama), work / "b", NMPattern(8, 16, transposable=False)))
+@pytest.fixture(scope="module")
+def pristine_runs(pristine_llama, tmp_path_factory):
+    """Two real runs with their pages, and the report of a large one that is made up."""
+    work = tmp_path_factory.mktemp("runs")
+    prune(PruneSpec(str(pristine_llama), work / "a", NMPattern(2, 4)))
+    prune(PruneSpec(str(pristine_llama), work / "b", NMPattern(8, 16, transposable=False)))
     (work / "c").mkdir()
     (work / "c" / "tsenor-report.json").write_text(large_report().to_json())
     return work
+
+
+@pytest.fixture
+def runs(pristine_runs, tmp_path, real_page):  # noqa: ARG001  (asked for, not used)
+    """The same in the current directory, where a test may damage them."""
+    return shutil.copytree(pristine_runs, tmp_path / "work", dirs_exist_ok=True)
 
 
 def test_a_run_writes_the_page_that_its_report_gives(tsenor, runs):
