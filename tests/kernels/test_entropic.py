@@ -121,6 +121,16 @@ def test_dykstra_is_that_of_the_reference(name, n, m, tau):
             assert work.state[dykstra.GAP, t] == pytest.approx(expected.gap, abs=2e-2)
 
 
+@pytest.mark.parametrize(("n", "m"), [(2, 4), (8, 16), (16, 32)])
+@pytest.mark.parametrize("name", hard_scores.ALL)
+def test_nothing_becomes_denormal(name, n, m):
+    """Processors are allowed to take a hundred times as long with such numbers, and Intel's do."""
+    work = dykstra.transport(m)
+    with compiling():
+        run_dykstra(in_lanes(blocks_of(name, m)), n, m, 0.0, 150, work)
+    assert work.p.min() >= np.finfo(np.float32).tiny
+
+
 @pytest.mark.parametrize(("n", "m"), PATTERNS)
 @pytest.mark.parametrize("name", hard_scores.ALL)
 @pytest.mark.parametrize("most", [0, 1, 1000])
