@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """Train a small Llama on the source code of Python's standard library, in about a minute on two cores.
 
-    scripts/make_demo_checkpoint.py [OUT [--steps N]]
+    scripts/make_demo_checkpoint.py [OUT [--steps N] [--wider K]]
 
 OUT receives `checkpoint/`, an ordinary Hugging Face checkpoint in several shards, `eval.txt`, text the model has not
 seen, and `calibration.jsonl`, some of the text it has. Without OUT they go to the cache, where the next call finds
@@ -49,6 +49,7 @@ MODEL = {
     "bos_token_id": 0,
     "eos_token_id": 0,
 }
+WIDTHS = ("hidden_size", "intermediate_size", "num_attention_heads", "num_key_value_heads")
 MAX_SHARD_BYTES = "3MB"  # small enough for several shards
 
 STEPS = 130
@@ -68,14 +69,15 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("out", nargs="?", type=Path, help="folder to make; default: one in the cache")
     parser.add_argument("--steps", type=int, default=STEPS, help=f"of training; {STEPS} take a minute")
+    parser.add_argument("--wider", type=int, default=1, metavar="K", help="all widths K times as large")
     args = parser.parse_args()
-    if args.steps != STEPS and args.out is None:
-        parser.error("--steps needs OUT: the cache holds the usual one")
+    if (args.steps, args.wider) != (STEPS, 1) and args.out is None:
+        parser.error("--steps and --wider need OUT: the cache holds the usual one")
     out = args.out or default_folder()
     if not is_made(out):
         if out.exists() and any(out.iterdir()):
             parser.error(f"{out} holds something else")
-        make(out, args.steps)
+        make(out, args.steps, args.wider)
     print(out)
 
 
@@ -97,12 +99,12 @@ def default_folder() -> Path:
     return cache / "demo" / hashlib.sha256("\0".join(made_by).encode()).hexdigest()[:16]
 
 
-def make(out: Path, steps: int) -> None:
+def make(out: Path, steps: int, wider: int) -> None:
     """Work in a temporary folder beside `out` and rename it last: an interrupted run leaves no `out`."""
     out.parent.mkdir(parents=True, exist_ok=True)
     partial = Path(tempfile.mkdtemp(prefix=f"{out.name}.partial-", dir=out.parent))
     try:
-        fill(partial, steps)
+        fill(partial, steps, wider)
         partial.chmod(0o755)  # mkdtemp's 0700 is meant for the time of writing
         try:
             partial.rename(out)
@@ -113,14 +115,14 @@ def make(out: Path, steps: int) -> None:
         shutil.rmtree(partial, ignore_errors=True)
 
 
-def fill(folder: Path, steps: int) -> None:
+def fill(folder: Path, steps: int, wider: int) -> None:
     torch.manual_seed(SEED)
     torch.set_num_threads(THREADS)
     transformers.utils.logging.disable_progress_bar()
     training, held_out = texts()
     say(f"{sum(map(len, training)) / 1e6:.1f} MB of text to learn, {sum(map(len, held_out)) / 1e3:.0f} kB held out")
     tokenizer = train_tokenizer(training)
-    model = train_model(token_stream(tokenizer, training), steps)
+    model = train_model(token_stream(tokenizer, training), steps, wider)
     model.to(torch.bfloat16).save_pretrained(folder / "checkpoint", max_shard_size=MAX_SHARD_BYTES)
     tokenizer.save_pretrained(folder / "checkpoint")
     (folder / "eval.txt").write_text("\n".join(held_out), encoding="utf-8")
@@ -164,9 +166,11 @@ def token_stream(tokenizer: transformers.PreTrainedTokenizerFast, training: list
     return torch.tensor([token for ids in encoded for token in (tokenizer.eos_token_id, *ids)])
 
 
-def train_model(stream: torch.Tensor, steps: int) -> transformers.LlamaForCausalLM:
+def train_model(stream: torch.Tensor, steps: int, wider: int) -> transformers.LlamaForCausalLM:
     """Muon for the matrices of the layers: in the same time AdamW alone gets to one and a half times the perplexity."""
-    model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**MODEL))
+    model = transformers.LlamaForCausalLM(
+        transformers.LlamaConfig(**MODEL | {name: MODEL[name] * wider for name in WIDTHS})
+    )
     matrices = [p for layer in model.model.layers for p in layer.parameters() if p.ndim == 2]
     others = [p for p in model.parameters() if all(p is not matrix for matrix in matrices)]
     averages = [torch.zeros_like(matrix) for matrix in matrices]
