@@ -58,4 +58,4 @@ def _loss(weight: torch.Tensor, other: torch.Tensor, gram: torch.Tensor) -> floa
     difference = weight.to(working_dtype(weight), copy=True)
     for rows in bands(len(weight)):
         difference[rows] -= other[rows]
-    return output_energies([difference], gram)[0]
+    return _energy(difference, gram)

@@ -36,6 +36,6 @@ def mean_square(gram: torch.Tensor) -> float:
 
 def is_finite(gram: torch.Tensor) -> bool:
     """Whether all of the matrix is. A sum is finite only if all of its terms are."""
-    width = 512
+    width = 512  # of what is copied, for the triangle of the diagonal blocks alone
     corners = (slice(first, first + width) for first in range(0, len(gram), width))
     return all(isfinite(gram[here, here].triu().sum() + gram[here, here.stop :].sum()) for here in corners)
