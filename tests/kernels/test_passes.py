@@ -13,14 +13,15 @@ POINTER = ctypes.c_void_p
 
 
 def expected(q, n, count, furthest, limits):
-    """The model, in int64: sort, take the middle, go `beyond` sixteenths further."""
+    """The model, in int64: sort, take the middle, go twice `beyond` 32nds further."""
 
     def middle(x):
         descending = -np.sort(-np.clip(x, *limits), axis=1)
         return (descending[:, n - 1] + descending[:, n]) >> 1
 
     def move(old, new, beyond):
-        old[:] = np.clip(new + ((new - old) * beyond >> 4), *limits)
+        half = np.clip(new - old, *limits) * beyond >> 5
+        old[:] = np.clip(np.clip(new + half, *limits) + half, *limits)
 
     q = q.astype(np.int64)
     u, v = np.zeros((2, *q.shape[1:]), np.int64)
@@ -34,12 +35,13 @@ def expected(q, n, count, furthest, limits):
 
 
 @pytest.mark.parametrize("furthest", [0, 6, 10])
-@pytest.mark.parametrize("width", [128, 256, 512])
+@pytest.mark.parametrize(("width", "by_xor"), [(128, False), (256, False), (512, False), (512, True)])
 @pytest.mark.parametrize("dtype", [np.int16, np.int32])
 @pytest.mark.parametrize(("n", "m"), [(1, 2), (2, 4), (3, 5), (4, 8), (8, 16), (5, 24), (16, 32), (32, 64), (1, 64)])
 @pytest.mark.parametrize("count", [2, 7])
-def test_same_bits_as_a_sort(n, m, dtype, width, furthest, count, monkeypatch):
+def test_same_bits_as_a_sort(n, m, dtype, width, by_xor, furthest, count, monkeypatch):
     monkeypatch.setattr(passes, "_vector_bits", lambda: width)
+    monkeypatch.setattr(passes, "_minima_wait", lambda: by_xor)
     with compiling():
         address = passes.dual_passes_address.__wrapped__(m, n, np.iinfo(dtype).bits)
     function = ctypes.CFUNCTYPE(None, *[POINTER] * 3, *[ctypes.c_int64] * 5)(address)

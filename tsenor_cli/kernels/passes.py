@@ -55,6 +55,7 @@ def dual_passes_address(m: int, n: int, bits: int = 32) -> int:
     """
     width = min(LANES, _vector_bits() // bits)
     integers: Untyped = types.CPointer(types.Integer.from_bitwidth(bits))  # type: ignore[no-untyped-call]
+    by_xor = int(_minima_wait())
     together = m if m <= 8 else 1  # lines at a time: as long as all that they share stays in registers
 
     def dual_passes(
@@ -89,6 +90,7 @@ def dual_passes_address(m: int, n: int, bits: int = 32) -> int:
                         n,
                         together,
                         width,
+                        by_xor,
                     )
                 for row in range(k, k + together):
                     for part in range(number * share, min((number + 1) * share, lines)):
@@ -147,11 +149,12 @@ def _relax(
     n: Untyped,
     lines: Untyped,
     width: Untyped,
+    by_xor: Untyped,
 ) -> Untyped:
-    """found[i * LANES + t] = middle + (middle - found[i * LANES + t]) * beyond / 16, rounded down, for i < lines.
+    """found[i * LANES + t] = middle + 2 * ((middle - found[i * LANES + t]) * beyond / 32, rounded down) for i < lines.
 
     `middle` is midway between the n-th and (n+1)-th largest of q[i * line + k * step + t] - fixed[k * LANES + t] over
-    k < m. `t` runs over `width` lanes; m, n, lines and width are compile-time constants.
+    k < m. `t` runs over `width` lanes; m, n, lines, width and by_xor are compile-time constants.
     """
     if not isinstance(m, types.IntegerLiteral):
         return None  # numba asks with the plain types first
@@ -176,20 +179,19 @@ def _relax(
             start = builder.gep(q, [times(line, i)])
 
             def difference(k: int, start: Untyped = start) -> Untyped:
-                pair = [builder.load(place(start, times(step, k)), align=align), near(k)]
-                return call_llvm(builder, "ssub.sat", vector, pair) if align == 2 else builder.sub(*pair)
+                return _within(builder, "sub", builder.load(place(start, times(step, k)), align=align), near(k))
 
-            middle = _middle(builder, difference, size, kept)
+            middle = _middle(builder, difference, size, kept, bool(by_xor.literal_value))
             _move(builder, middle, beyond, place(found, line.type(i * LANES)))
         return context.get_dummy_value()
 
-    return types.void(q, line, step, fixed, found, beyond, m, n, lines, width), emit
+    return types.void(q, line, step, fixed, found, beyond, m, n, lines, width, by_xor), emit
 
 
-def _middle(builder: Untyped, value: Callable[[int], Any], m: int, n: int) -> Untyped:
+def _middle(builder: Untyped, value: Callable[[int], Any], m: int, n: int, by_xor: bool) -> Untyped:
     """Emit half the sum of the n-th and the (n+1)-th largest of value(0) .. value(m - 1), rounded down.
 
-    A value is asked for when it is first compared: from there on it costs a register.
+    A value is asked for when it is first compared: from there on it costs a register. by_xor: see _minima_wait.
     """
     values: dict[int, Any] = {}
 
@@ -202,7 +204,9 @@ def _middle(builder: Untyped, value: Callable[[int], Any], m: int, n: int) -> Un
         pair = [known(high), known(low)]
         if want_high:
             values[high] = call_llvm(builder, "smax", pair[0].type, pair)
-        if want_low:
+        if want_low and want_high and by_xor:
+            values[low] = builder.xor(builder.xor(*pair), values[high])  # the one of the two that is left
+        elif want_low:
             values[low] = call_llvm(builder, "smin", pair[0].type, pair)
     a, b = known(n - 1), known(n)
     half = builder.ashr(builder.xor(a, b), ir.Constant(a.type, [1] * a.type.count))
@@ -210,21 +214,43 @@ def _middle(builder: Untyped, value: Callable[[int], Any], m: int, n: int) -> Un
 
 
 def _move(builder: Untyped, middle: Untyped, beyond: Untyped, target: Untyped) -> None:
-    """Emit *target = middle + (middle - *target) * beyond / 16, rounded down."""
-    align, wide = middle.type.element.width // 8, ir.VectorType(ir.IntType(32), middle.type.count)
+    """Emit *target = middle + 2 * ((middle - *target) * beyond / 32, rounded down)."""
+    align = middle.type.element.width // 8
     with builder.if_else(builder.icmp_signed("==", beyond, beyond.type(0))) as (exactly, further):
         with exactly:
             builder.store(middle, target, align=align)
         with further:
-            there = builder.sext(middle, wide)
-            way = builder.sub(there, builder.sext(builder.load(target, align=align), wide))
-            product = builder.mul(way, splat(builder, builder.trunc(beyond, wide.element), wide.count))
-            found = builder.add(there, builder.ashr(product, ir.Constant(wide, [4] * wide.count)))
-            if align == 2:
-                found = call_llvm(builder, "smax", wide, [found, ir.Constant(wide, [-32768] * wide.count)])
-                found = call_llvm(builder, "smin", wide, [found, ir.Constant(wide, [32767] * wide.count)])
-                found = builder.trunc(found, middle.type)
-            builder.store(found, target, align=align)
+            way = _within(builder, "sub", middle, builder.load(target, align=align))
+            half = _thirty_seconds(builder, way, beyond)
+            builder.store(_within(builder, "add", _within(builder, "add", middle, half), half), target, align=align)
+
+
+def _thirty_seconds(builder: Untyped, way: Untyped, count: Untyped) -> Untyped:
+    """Emit way * count / 32, rounded down.
+
+    The upper halves of 16-bit products are one instruction. It needs no register of 512 bits: while one of those is in
+    use, processors of Intel have two ports for vectors instead of three.
+    """
+    narrow, word = way.type, ir.IntType(32)
+    if narrow.element.width == word.width:
+        product = builder.mul(way, splat(builder, builder.trunc(count, word), narrow.count))
+        return builder.ashr(product, ir.Constant(narrow, [5] * narrow.count))
+    wide = ir.VectorType(word, narrow.count)
+    factor = splat(builder, builder.trunc(builder.shl(count, count.type(11)), narrow.element), narrow.count)
+    product = builder.mul(builder.sext(way, wide), builder.sext(factor, wide))
+    return builder.trunc(builder.ashr(product, ir.Constant(wide, [16] * wide.count)), narrow)
+
+
+def _within(builder: Untyped, operation: str, a: Untyped, b: Untyped) -> Untyped:
+    """Emit a sum or a difference: numbers of 16 bits stay at their limits, those of 32 never reach them."""
+    if a.type.element.width == 16:
+        return call_llvm(builder, f"s{operation}.sat", a.type, [a, b])
+    return getattr(builder, operation)(a, b)
+
+
+def _minima_wait() -> bool:
+    """Whether xor of three, which AVX-512 has, runs where minima cannot: one port of Intel's takes all of these."""
+    return _vector_bits() == 512 and not binding.get_host_cpu_name().startswith("znver")
 
 
 def _vector_bits() -> int:
