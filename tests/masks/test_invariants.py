@@ -11,7 +11,7 @@ from tsenor_cli.specs import NMPattern
 SIZES = [(1, 2), (2, 4), (3, 5), (3, 6), (4, 8), (5, 12), (8, 16), (16, 32), (32, 64), (63, 64), (7, 17), (40, 48)]
 
 
-@pytest.fixture(params=["compiled", "words"], autouse=True)
+@pytest.fixture(params=["compiled", "a stripe a thread", "words"], autouse=True)
 def count(request, monkeypatch):
     """Each test with what counts on a CPU, and with what counts on a GPU, which the slow count then confirms."""
 
@@ -22,6 +22,8 @@ def count(request, monkeypatch):
         assert right is None or bool(right) == (invariants._first_violation(mask, pattern) is None)
         return right
 
+    if request.param == "a stripe a thread":
+        monkeypatch.setattr("tsenor_cli.kernels.census.CHUNK_ENTRIES", 1)
     if request.param == "words":
         monkeypatch.setattr("tsenor_cli.kernels.census.stripes_are_right", by_words)
 

@@ -11,8 +11,9 @@ import numpy.typing as npt
 
 from tsenor_cli.kernels.compilation import compiled, compiling
 from tsenor_cli.kernels.contract import Mask, Untyped
-from tsenor_cli.kernels.threads import CHUNK_SCORES, over_chunks
+from tsenor_cli.kernels.threads import over_chunks
 
+CHUNK_ENTRIES = 1 << 22  # a thread's helping: to wake one for less would take longer than the counting
 _WORDS = {1: np.uint8, 2: np.uint16, 4: np.uint32, 8: np.uint64}
 
 
@@ -33,7 +34,7 @@ def stripes_are_right(mask: Mask, n: int, m: int, height: int) -> bool:
     def chunk(first: int, last: int, _: None) -> None:
         census(bytes_, words, n, m // size, height, first, last, verdicts)
 
-    over_chunks(chunk, stripes, max(1, CHUNK_SCORES // (height * mask.shape[1])), (None, lambda: None))
+    over_chunks(chunk, stripes, max(1, CHUNK_ENTRIES // (height * mask.shape[1])), (None, lambda: None))
     return bool(verdicts.all())
 
 
@@ -58,32 +59,46 @@ def _census(
     """Judge stripes first .. last-1."""
     counts, wanted = np.zeros(bytes_.shape[1], np.uint8), np.uint8(n)
     for stripe in range(first, last):
-        wrong = 0
+        right, wrong = True, np.uint8(0)
         counts[:] = 0
         for row in range(stripe * height, (stripe + 1) * height):
-            wrong += _wrong_groups(words[row], words_per_group, wanted)
+            right &= _groups_are_right(words[row], n, words_per_group)
             if height > 1:
                 entries = bytes_[row]
                 for k in range(len(counts)):
                     counts[k] += entries[k]
         if height > 1:
             for k in range(len(counts)):
-                wrong += counts[k] != wanted
-        verdicts[stripe] = wrong == 0
+                wrong |= counts[k] ^ wanted
+        verdicts[stripe] = right and wrong == 0
 
 
 @compiled
-def _wrong_groups(words: npt.NDArray[Any], per_group: int, wanted: np.uint8) -> int:
-    """How many groups of one row do not sum to `wanted`. Multiplying by 0x01..01 sums the bytes into the top one."""
-    size, wrong, zero = words.itemsize, 0, words.dtype.type(0)
-    ones, shift = words.dtype.type(0x0101010101010101 >> (64 - 8 * size)), words.dtype.type(8 * (size - 1))
-    if per_group == 1:  # the common patterns; a loop that the compiler vectorises
-        for k in range(len(words)):
-            wrong += np.uint8((words[k] * ones) >> shift) != wanted
-        return wrong
+def _groups_are_right(words: npt.NDArray[Any], n: int, per_group: int) -> bool:
+    """Whether every group of one row sums to n; for the usual sizes a loop that the compiler vectorises."""
+    if per_group == 1:
+        wrong = _differences(words, n, 1)
+    elif per_group == 2:
+        wrong = _differences(words, n, 2)
+    elif per_group == 4:
+        wrong = _differences(words, n, 4)
+    else:
+        wrong = _differences(words, n, per_group)
+    return bool(wrong == 0)
+
+
+@compiled
+def _differences(words: npt.NDArray[Any], n: int, per_group: int) -> int:
+    """The bits in which the sums of groups differ from n; all of one type, for as many lanes as there can be.
+
+    Multiplying by 0x01..01 sums the bytes of a word into the top one.
+    """
+    word, size = words.dtype.type, words.itemsize
+    ones, shift, wanted = word(0x0101010101010101 >> (64 - 8 * size)), word(8 * (size - 1)), word(n)
+    wrong = word(0)
     for group in range(len(words) // per_group):
-        total = zero
+        total = word(0)
         for k in range(per_group):
-            total += words[group * per_group + k]
-        wrong += np.uint8((total * ones) >> shift) != wanted
-    return wrong
+            total = word(total + words[group * per_group + k])
+        wrong = word(wrong | (word(word(total * ones) >> shift) ^ wanted))
+    return int(wrong)
