@@ -3,6 +3,7 @@
 import os
 import signal
 import threading
+import time
 from types import SimpleNamespace
 
 import numpy as np
@@ -46,6 +47,24 @@ def test_an_exception_arrives():
 
 
 @pytest.mark.usefixtures("two_threads")
+@pytest.mark.parametrize("failing", ["the caller", "its helper"])
+def test_after_an_error_nobody_starts_another_chunk(failing):
+    both, done = threading.Barrier(2, timeout=60), []
+
+    def work(first, _last, _scratch):
+        if first < 2:
+            both.wait()  # each has one of the first two
+            if (threading.current_thread() is threading.main_thread()) == (failing == "the caller"):
+                raise ValueError("here")
+            time.sleep(0.2)  # the other fails meanwhile
+        done.append(first)
+
+    with pytest.raises(ValueError, match="here"):
+        over_chunks(work, 1000, 1, (None, lambda: None))
+    assert len(done) == 1, "whoever was at work has finished before the error arrives"
+
+
+@pytest.mark.usefixtures("two_threads")
 def test_who_is_given_one_thread_works_alone():
     seen = []
     items = (100, 10, (None, lambda: None))
@@ -55,10 +74,9 @@ def test_who_is_given_one_thread_works_alone():
     alone.start()
     alone.join()
     assert seen == [alone.ident] * 10
-    seen.clear()
     limited(over_chunks, 1)(lambda *_: None, *items)
-    over_chunks(lambda *_: seen.append(threading.get_ident()), *items)
-    assert threading.get_ident() not in seen, "no longer than that work takes, and nobody else"
+    both = threading.Barrier(2, timeout=60)
+    over_chunks(lambda *_: both.wait(), 2, 1, (None, lambda: None))  # no longer than that work takes, and nobody else
 
 
 def test_scratch_is_kept_for_its_key_alone(monkeypatch):

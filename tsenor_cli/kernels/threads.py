@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import threading
 from collections.abc import Callable, Hashable
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, wait
 from functools import cache
 from typing import Any, ParamSpec, TypeVar
 
@@ -35,15 +35,20 @@ def over_chunks(
 
     def help_out() -> None:
         own = _scratch(*scratch)
-        for first, last in chunks:  # shared: the next one goes to whoever asks first
-            work(first, last, own)
+        try:
+            for first, last in chunks:  # shared: the next one goes to whoever asks first
+                work(first, last, own)
+        finally:
+            list(chunks)  # after an error nobody starts another
 
     workers = min(getattr(_limits, "threads", torch.get_num_threads()), -(-count // size))
-    if workers <= 1:
-        help_out()
-        return
-    for future in [_pool(torch.get_num_threads()).submit(help_out) for _ in range(workers)]:
-        future.result()
+    helpers = [_pool(torch.get_num_threads()).submit(help_out) for _ in range(workers - 1)]
+    try:
+        help_out()  # it takes a tenth of a millisecond until a thread is awake
+    finally:
+        wait(helpers)
+    for helper in helpers:
+        helper.result()
 
 
 def limited(work: Callable[P, T], threads: int) -> Callable[P, T]:
