@@ -116,6 +116,21 @@ def load(_typing: Untyped, start: Untyped, row: Untyped) -> Untyped:
 
 
 @intrinsic
+def load_every(_typing: Untyped, start: Untyped, step: Untyped) -> Untyped:
+    """start[0], start[step] .. start[(LANES - 1) * step]."""
+
+    def emit(_context: Untyped, builder: Untyped, _signature: Untyped, args: Untyped) -> Untyped:
+        first, step = args
+        vector = ir.Constant(llvm_vector(start.dtype), ir.Undefined)
+        for t in range(LANES):
+            number = builder.load(builder.gep(first, [builder.mul(step, step.type(t))]))
+            vector = builder.insert_element(vector, number, ir.IntType(32)(t))
+        return vector
+
+    return Vector(start.dtype)(start, step), emit
+
+
+@intrinsic
 def store(_typing: Untyped, start: Untyped, row: Untyped, vector: Untyped) -> Untyped:
     """Row `row` of the array of lanes at `start` = vector."""
 
@@ -319,12 +334,14 @@ def first_bit(_typing: Untyped, number: Untyped) -> Untyped:
 
 @intrinsic
 def bit_count(_typing: Untyped, number: Untyped) -> Untyped:
-    """How many bits are 1."""
+    """How many bits are 1, of a number or lane by lane."""
 
     def emit(_context: Untyped, builder: Untyped, _signature: Untyped, args: Untyped) -> Untyped:
+        if isinstance(number, Vector):
+            return call_llvm(builder, "ctpop", args[0].type, args)
         return builder.zext(builder.ctpop(args[0]), ir.IntType(64))
 
-    return types.int64(number), emit
+    return (number if isinstance(number, Vector) else types.int64)(number), emit
 
 
 # --- arithmetic -------------------------------------------------------------------------------------------------------

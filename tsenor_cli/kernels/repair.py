@@ -27,6 +27,7 @@ from tsenor_cli.kernels.lanes import (
     larger,
     largest_of,
     load,
+    load_every,
     offset,
     pointer,
     smaller,
@@ -46,12 +47,11 @@ class Workspace(NamedTuple):
 
     raw: Untyped  # [m, lines] scores as they are
     ties: Untyped  # [m, lines] int64, tie terms
-    w: Untyped  # [m, lines] int64, scaled scores with tie terms
+    w: Untyped  # [lines, lines] int64, scaled scores with tie terms
     kept: Untyped  # [lines] int64, the columns that a row keeps
     keepers: Untyped  # [lines] int64, the rows that keep a column
     duals: Untyped  # [2 * lines] int64, v of the columns, then u of the rows
     distance: Untyped  # [2 * lines] int64, columns, then rows
-    waiting: Untyped  # [2 * lines] int64, the distance of a node that is not done, else NEVER
     parent: Untyped  # [2 * lines] int64
 
 
@@ -64,12 +64,11 @@ def workspace(dtype: np.dtype[Any], ties: npt.NDArray[np.int64]) -> Workspace:
     return Workspace(
         raw=lanes(m * parts, dtype),
         ties=padded,
-        w=lanes(m * parts, np.int64),
+        w=lanes(parts * LANES * parts, np.int64),
         kept=lanes(parts, np.int64),
         keepers=lanes(parts, np.int64),
         duals=lanes(2 * parts, np.int64),
         distance=lanes(2 * parts, np.int64),
-        waiting=lanes(2 * parts, np.int64),
         parent=lanes(2 * parts, np.int64),
     )
 
@@ -85,7 +84,6 @@ def pointers(work: Workspace) -> Workspace:
         pointer(work.keepers),
         pointer(work.duals),
         pointer(work.distance),
-        pointer(work.waiting),
         pointer(work.parent),
     )
 
@@ -93,16 +91,17 @@ def pointers(work: Workspace) -> Workspace:
 @compiled
 def repair(work: Workspace, m: int, n: int) -> int:
     """Move units until every column holds n; return how many paths that took, or IMPOSSIBLE."""
-    lines = -(-m // LANES) * LANES
+    lines, paths = -(-m // LANES) * LANES, 0
     find_keepers(work, m, lines)
-    paths = 0
-    while first_over_full(work, m, n) >= 0:
-        target = shortest_path(work, m, n, lines)
+    over_full, under_full = uneven(work, m, n)
+    while over_full:
+        target = shortest_path(work, over_full, under_full, lines)
         if target == IMPOSSIBLE:
             return IMPOSSIBLE
         shift_duals(work, lines, work.distance[target])
         flip(work, lines, target)
         paths += 1
+        over_full, under_full = uneven(work, m, n)
     return paths
 
 
@@ -156,16 +155,6 @@ def largest_without(x: Pointer, members: int, parts: int) -> int:
 
 
 @compiled
-def find(array: Pointer, rows: int, value: int) -> int:
-    """The first place of a value that is there."""
-    for c in range(rows):
-        found = bits(load(array, c) == spread(value))
-        if found != 0:
-            return int(c * LANES + first_bit(found))
-    return -1
-
-
-@compiled
 def find_keepers(work: Workspace, m: int, lines: int) -> None:
     """The rows that keep each column, from the columns that each row keeps."""
     for c in range(lines // LANES):
@@ -176,48 +165,54 @@ def find_keepers(work: Workspace, m: int, lines: int) -> None:
 
 
 @compiled
-def first_over_full(work: Workspace, m: int, n: int) -> int:
-    """The first column that keeps more than n, or -1."""
-    for j in range(m):
-        if bit_count(work.keepers[j]) > n:
-            return j
-    return -1
+def uneven(work: Workspace, m: int, n: int) -> tuple[int, int]:
+    """The columns that hold more than n, and those that hold less."""
+    over_full, under_full = np.int64(0), np.int64(0)
+    for c in range(-(-m // LANES)):
+        counts = bit_count(load(work.keepers, c))
+        over_full |= np.int64(bits(counts > spread(n))) << (c * LANES)
+        under_full |= np.int64(bits(spread(n) > counts)) << (c * LANES)
+    return int(over_full), int(under_full & ((1 << (m - 1) << 1) - 1))
 
 
 @compiled
-def shortest_path(work: Workspace, m: int, n: int, lines: int) -> int:
+def shortest_path(work: Workspace, over_full: int, under_full: int, lines: int) -> int:
     """Dijkstra from all over-full columns at once; return the nearest under-full one. Rows are nodes from lines on."""
-    parts, under_full = lines // LANES, 0
-    for k in range(2 * parts):
-        store(work.waiting, k, spread(NEVER))
-        store(work.distance, k, spread(NEVER))
-    for j in range(m):
-        count = bit_count(work.keepers[j])
-        under_full |= (1 << j) if count < n else 0
-        if count > n:
-            work.distance[j] = work.waiting[j] = 0
-            work.parent[j] = -1
+    parts, columns, rows = lines // LANES, ~0, ~0  # that are not done
+    for c in range(parts):
+        store(work.distance, c, where(from_mask(over_full >> (c * LANES)), spread(0), spread(NEVER)))
+        store(work.parent, c, spread(-1))
+        store(work.distance, parts + c, spread(NEVER))
     while True:
-        node = nearest(work.waiting, 2 * parts)
+        node = nearest(work.distance, columns, rows, parts)
         if node < 0:
             return IMPOSSIBLE
-        work.waiting[node] = NEVER
         if node >= lines:
+            rows &= ~(1 << (node - lines))
             relax_row(work, node - lines, lines)
         elif (under_full >> node) & 1:
             return int(node)
         else:
+            columns &= ~(1 << node)
             relax_column(work, node, lines)
 
 
 @compiled
-def nearest(waiting: Pointer, rows: int) -> int:
-    """The place of the smallest number; -1 if all are NEVER."""
-    least = load(waiting, 0)
-    for c in range(1, rows):
-        least = smaller(least, load(waiting, c))
-    value = smallest_of(least)
-    return int(find(waiting, rows, value)) if value < NEVER else -1
+def nearest(distance: Pointer, columns: int, rows: int, parts: int) -> int:
+    """The nearest of these nodes; -1 if none can be reached."""
+    least = spread(NEVER)
+    for c in range(parts):
+        least = smaller(least, where(from_mask(columns >> (c * LANES)), load(distance, c), spread(NEVER)))
+        least = smaller(least, where(from_mask(rows >> (c * LANES)), load(distance, parts + c), spread(NEVER)))
+    value, found, found_rows = smallest_of(least), np.int64(0), np.int64(0)
+    if value == NEVER:
+        return -1
+    for c in range(parts):
+        found |= np.int64(bits(load(distance, c) == spread(value))) << (c * LANES)
+        found_rows |= np.int64(bits(load(distance, parts + c) == spread(value))) << (c * LANES)
+    if found & columns:
+        return int(first_bit(found & columns))
+    return int(parts * LANES + first_bit(found_rows & rows))
 
 
 @compiled
@@ -229,21 +224,19 @@ def relax_row(work: Workspace, i: int, lines: int) -> None:
         through = own + load(work.duals, c) - load(w, c)
         closer = (load(work.distance, c) > through) & from_mask(~(work.kept[i] >> (c * LANES)))
         store(work.distance, c, where(closer, through, load(work.distance, c)))
-        store(work.waiting, c, where(closer, through, load(work.waiting, c)))
         store(work.parent, c, where(closer, spread(node), load(work.parent, c)))
 
 
 @compiled
 def relax_column(work: Workspace, j: int, lines: int) -> None:
     """Offer the way through column j to the rows that keep it: giving it up costs w - u - v."""
-    own, rows = work.distance[j] - work.duals[j], work.keepers[j]
-    while rows:
-        i = first_bit(rows)
-        rows &= rows - 1
-        through, node = own + work.w[i * lines + j] - work.duals[lines + i], lines + i
-        if through < work.distance[node]:
-            work.distance[node] = work.waiting[node] = through
-            work.parent[node] = j
+    own, keepers, parts = spread(work.distance[j] - work.duals[j]), work.keepers[j], lines // LANES
+    for c in range(parts):
+        w = load_every(offset(work.w, c * LANES * lines + j), lines)
+        through, row = own + w - load(work.duals, parts + c), parts + c
+        closer = (load(work.distance, row) > through) & from_mask(keepers >> (c * LANES))
+        store(work.distance, row, where(closer, through, load(work.distance, row)))
+        store(work.parent, row, where(closer, spread(j), load(work.parent, row)))
 
 
 @compiled
