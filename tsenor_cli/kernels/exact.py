@@ -35,7 +35,7 @@ _SCHEDULES = {
     8: (Schedule(0, 0, 13, 6), Schedule(0, 0, 7, 6)),
     16: (Schedule(2, 13, 1, 6), Schedule(1, 7, 1, 6)),
     32: (Schedule(2, 17, 1, 8), Schedule(1, 11, 1, 8)),
-    64: (Schedule(2, 21, 1, 10), Schedule(1, 15, 1, 10)),
+    64: (Schedule(2, 17, 1, 10), Schedule(1, 13, 1, 10)),
 }
 _NO_DUALS: DualArray = np.empty((0, 2, 0))
 

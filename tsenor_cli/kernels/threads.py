@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import threading
 from collections.abc import Callable, Hashable
-from concurrent.futures import ThreadPoolExecutor, wait
+from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 from typing import Any, ParamSpec, TypeVar
 
@@ -46,9 +46,9 @@ def over_chunks(
     try:
         help_out()  # it takes a tenth of a millisecond until a thread is awake
     finally:
-        wait(helpers)
-    for helper in helpers:
-        helper.result()
+        errors = [helper.exception() for helper in helpers]  # waits for them
+    for error in filter(None, errors):
+        raise error
 
 
 def limited(work: Callable[P, T], threads: int) -> Callable[P, T]:
