@@ -226,7 +226,7 @@ def _move(builder: Untyped, middle: Untyped, beyond: Untyped, target: Untyped) -
 
 
 def _thirty_seconds(builder: Untyped, way: Untyped, count: Untyped) -> Untyped:
-    """Emit way * count / 32, rounded down.
+    """Emit way * count / 32, rounded down, for counts below 16.
 
     The upper halves of 16-bit products are one instruction. It needs no register of 512 bits: while one of those is in
     use, processors of Intel have two ports for vectors instead of three.
@@ -249,7 +249,7 @@ def _within(builder: Untyped, operation: str, a: Untyped, b: Untyped) -> Untyped
 
 
 def _minima_wait() -> bool:
-    """Whether xor of three, which AVX-512 has, runs where minima cannot: one port of Intel's takes all of these."""
+    """Whether a xor b xor c, which AVX-512 has, runs on ports that minima cannot use: Intel's have fewer for those."""
     return _vector_bits() == 512 and not binding.get_host_cpu_name().startswith("znver")
 
 
