@@ -65,6 +65,29 @@ def test_after_an_error_nobody_starts_another_chunk(failing):
 
 
 @pytest.mark.usefixtures("two_threads")
+def test_nobody_waits_for_the_work_of_others():
+    all_busy, end = threading.Barrier(5, timeout=60), threading.Event()
+
+    def long(*_):
+        all_busy.wait()
+        end.wait(60)
+
+    callers = [threading.Thread(target=over_chunks, args=(long, 2, 1, (None, lambda: None))) for _ in range(2)]
+    short = threading.Thread(target=over_chunks, args=(lambda *_: None, 10, 1, (None, lambda: None)))
+    try:
+        for caller in callers:
+            caller.start()
+        all_busy.wait()
+        short.start()
+        short.join(30)
+        assert not short.is_alive()
+    finally:
+        end.set()
+        for thread in (*callers, short):
+            thread.join(60)
+
+
+@pytest.mark.usefixtures("two_threads")
 def test_who_is_given_one_thread_works_alone():
     seen = []
     items = (100, 10, (None, lambda: None))

@@ -1,5 +1,7 @@
 """solve_mask: any shape, strides and dtype in; the same mask whatever the threads; a certificate that is true."""
 
+import sys
+
 import hard_scores
 import numpy as np
 import pytest
@@ -113,16 +115,16 @@ def test_strides_and_bands_do_not_matter(view, shape, band, monkeypatch):
 
 @pytest.mark.parametrize("text", ["2:4", "8:16"])
 @pytest.mark.parametrize("name", ["normal", "quarters", "sparse"])
-@pytest.mark.parametrize("transposable", [True, False])
-def test_threads_do_not_matter(text, name, transposable, monkeypatch):
-    for module in ("exact", "standard"):
+@pytest.mark.parametrize(("transposable", "solver"), [(True, "exact"), (True, "entropic"), (False, "exact")])
+def test_threads_do_not_matter(text, name, transposable, solver, monkeypatch):
+    for module in ("exact", "entropic", "standard"):
         monkeypatch.setattr(f"tsenor_cli.kernels.{module}.CHUNK_SCORES", 1 << 12)
     scores, threads = scores_of(name, 256, 512), torch.get_num_threads()
     solutions = []
     try:
         for count in (1, 2, 3):
             torch.set_num_threads(count)
-            solutions.append(solve_mask(scores, text, transposable=transposable))
+            solutions.append(solve_mask(scores, text, transposable=transposable, solver=solver))
     finally:
         torch.set_num_threads(threads)
     for other in solutions[1:]:
@@ -131,13 +133,29 @@ def test_threads_do_not_matter(text, name, transposable, monkeypatch):
             assert getattr(other, field) == getattr(solutions[0], field)
 
 
+@pytest.mark.parametrize(("transposable", "solver"), [(True, "exact"), (True, "entropic"), (False, "exact")])
+@pytest.mark.parametrize(("dtype", "size"), [(torch.float16, 5e-5), (torch.float32, 1e-38)])
+def test_a_thread_that_takes_denormal_numbers_for_zero_gets_the_same(dtype, size, transposable, solver):
+    scores = (scores_of("normal", 64, 128) * size).to(dtype)
+    expected = solve_mask(scores, "4:8", transposable=transposable, solver=solver)
+    assert torch.set_flush_denormal(True)
+    try:
+        found = solve_mask(scores, "4:8", transposable=transposable, solver=solver)
+        assert sys.float_info.min / 2 == 0, "its own setting is left as it was"
+    finally:
+        torch.set_flush_denormal(False)
+    assert torch.equal(found.mask, expected.mask)
+    assert (found.objective, found.upper_bound) == (expected.objective, expected.upper_bound)
+
+
 # --- what is refused --------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
 @pytest.mark.parametrize("transposable", [True, False])
-def test_non_finite_scores_are_refused(value, transposable):
-    scores = torch.ones(64, 64)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+def test_non_finite_scores_are_refused(value, transposable, dtype):
+    scores = torch.ones(64, 64, dtype=dtype)
     scores[63, 63] = value
     with pytest.raises(InputRefused, match="infinite or not a number"):
         solve_mask(scores, "2:4", transposable=transposable)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 import threading
 from collections.abc import Callable, Hashable
 from concurrent.futures import ThreadPoolExecutor
@@ -29,16 +30,19 @@ def over_chunks(
     """Call work(first, last, scratch) for count items in chunks of `size`; `work` releases the GIL.
 
     `scratch` is a key or None, and how to allocate what a thread writes to; a thread keeps the last few, for the next
-    call with that key. The cuts do not depend on the number of threads. An exception is raised.
+    call with that key. The cuts do not depend on the number of threads, nor does what is computed on whether one of
+    them takes denormal numbers for 0. An exception is raised.
     """
     chunks = iter([(first, min(first + size, count)) for first in range(0, count, size)])
 
     def help_out() -> None:
-        own = _scratch(*scratch)
+        own, flushes = _scratch(*scratch), _flushes_denormals()
         try:
+            torch.set_flush_denormal(False)  # of this thread
             for first, last in chunks:  # shared: the next one goes to whoever asks first
                 work(first, last, own)
         finally:
+            torch.set_flush_denormal(flushes)
             list(chunks)  # after an error nobody starts another
 
     workers = min(getattr(_limits, "threads", torch.get_num_threads()), -(-count // size))
@@ -46,7 +50,8 @@ def over_chunks(
     try:
         help_out()  # it takes a tenth of a millisecond until a thread is awake
     finally:
-        errors = [helper.exception() for helper in helpers]  # waits for them
+        # Waits for those at work. Who has not begun, busy with the work of others, is not needed any more.
+        errors = [helper.exception() for helper in helpers if not helper.cancel()]
     for error in filter(None, errors):
         raise error
 
@@ -62,6 +67,11 @@ def limited(work: Callable[P, T], threads: int) -> Callable[P, T]:
             del _limits.threads
 
     return with_its_share
+
+
+def _flushes_denormals() -> bool:
+    """Whether this thread takes denormal numbers for 0, perhaps by inheritance; small float16 scores become some."""
+    return sys.float_info.min / 2 == 0.0
 
 
 def _scratch(key: Hashable, allocate: Callable[[], Scratch]) -> Scratch:
