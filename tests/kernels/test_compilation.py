@@ -46,6 +46,12 @@ def filled(tmp_path_factory):
     return cache
 
 
+def test_other_sources_have_another_directory(monkeypatch):
+    before, read = compilation._fingerprint(), Path.read_bytes
+    monkeypatch.setattr(Path, "read_bytes", lambda path: read(path) + (b"#" if path.name == "lanes.py" else b""))
+    assert compilation._fingerprint() != before
+
+
 @pytest.mark.slow
 def test_a_second_process_compiles_nothing(filled):
     before = files(filled)

@@ -20,7 +20,7 @@ from tsenor_cli.kernels.contract import Untyped
 from tsenor_cli.kernels.lanes import CACHE_LINE, LANES, call_llvm, intrinsic, offset, splat
 from tsenor_cli.kernels.network import selection_network
 
-LIMIT = 1 << 29  # duals stay within ± this, so that nothing overflows when they are added to scores
+LIMIT = 1 << 29  # duals start within ± this, and the first few passes do not take them far enough to overflow
 RAMP = 3  # sixteenths by which a pass goes further than the one before
 
 
@@ -30,7 +30,7 @@ class Schedule(NamedTuple):
     first: int  # in 32 bits, to bring rows and columns of any scale near their thresholds
     coarse: int  # in 16 bits, of what is left; odd
     last: int  # in 32 bits; odd, as rows come first and last
-    furthest: int  # largest over-relaxation, in sixteenths
+    furthest: int  # largest over-relaxation, in sixteenths: below 16 in 16 bits, up to 6 in 32
 
 
 class Ahead(NamedTuple):

@@ -135,9 +135,10 @@ def finish_all(block: Block, n: int, m: int, outputs: int, rounded: Rounding) ->
     kept: list[float] = []
 
     def chunk(start: int, end: int, scratch: _Scratch) -> None:
-        kept.append(select(block, n, m, start, end, outputs, rounded, scratch))
-        if kept[-1] < 0:
+        found = select(block, n, m, start, end, outputs, rounded, scratch)
+        if found < 0:
             raise UnusableScoresError
+        kept.append(found)
 
     _over_groups(block, columns * columns, chunk, m)
     return math.fsum(kept)
