@@ -5,7 +5,9 @@ from __future__ import annotations
 import csv
 import io
 import json
+import os
 import shutil
+import threading
 
 import pytest
 from report.examples import large_report
@@ -49,6 +51,33 @@ def test_a_run_writes_the_page_that_its_report_gives(tsenor, runs):
 def test_the_price(tsenor, runs):
     assert tsenor("report", "c", "--price-per-hour", "2", "-o", "page.html").out == "page.html\n"
     assert "2.9564" in (runs / "page.html").read_text()
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="no named pipes on this system")
+def test_what_is_no_file_stays_what_it_is(tsenor, runs):
+    pipe, link, received = runs / "pipe", runs / "link", []
+    os.mkfifo(pipe)
+    reader = threading.Thread(target=lambda: received.append(pipe.read_text()))
+    reader.start()
+    assert tsenor("report", "a", "b", "--format", "csv", "-o", "pipe").code == 0
+    reader.join(60)
+    assert pipe.is_fifo()
+    assert received[0].startswith("run,")
+    (runs / "target.csv").touch()
+    link.symlink_to("target.csv")
+    assert tsenor("report", "a", "b", "--format", "csv", "-o", "link").code == 0
+    assert link.is_symlink()
+    assert (runs / "target.csv").read_text() == received[0]
+
+
+@pytest.mark.parametrize(
+    ("output", "why"), [(".", "is a directory"), ("", "is a directory"), ("x/y", "in no directory")]
+)
+def test_an_output_that_cannot_be_one(tsenor, runs, output, why):  # noqa: ARG001  (the current directory)
+    outcome = tsenor("report", "a", "-o", output)
+    assert outcome.code == 2
+    assert why in outcome.err
+    assert "[usage]" in outcome.err
 
 
 def test_runs_side_by_side(tsenor, runs):

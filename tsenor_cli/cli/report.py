@@ -63,6 +63,9 @@ def report(
     from tsenor_cli.report.compare import Run
     from tsenor_cli.report.read import read_report
 
+    if output is not None and (output.is_dir() or not output.absolute().parent.is_dir()):
+        why = "is a directory" if output.is_dir() else "is in no directory that exists"
+        raise click.UsageError(f"-o {output} {why}", click.get_current_context())
     if as_json and form is not None:
         raise click.UsageError("--json and --format are two ways to say what to print", click.get_current_context())
     names = _names(directories)
@@ -112,7 +115,11 @@ def _transposed(titles: list[str], rows: list[list[str]]) -> tuple[list[str], li
 
 
 def _write(path: Path, text: str) -> None:
-    """Nobody ever sees half a file."""
+    """Nobody ever sees half a file. A link stays one, and a pipe or a device what it is."""
+    if path.exists() and not path.is_file():
+        path.write_text(text, encoding="utf-8", errors="backslashreplace")
+        return
+    path = path.resolve()
     beside = path.with_name(f".{path.name}.tmp")
     try:
         beside.write_text(text, encoding="utf-8", errors="backslashreplace")
