@@ -83,8 +83,12 @@ def prepare(spec: PruneSpec, processes: int) -> Job | Report:
 
 
 def open_input(spec: PruneSpec) -> Checkpoint:
-    """The input, its headers checked."""
-    return open_remote(spec.model) if spec.stream_input else open_checkpoint(*resolve_checkpoint(spec.model))
+    """The input, its headers checked, and what will be copied known to be readable."""
+    if spec.stream_input:
+        return open_remote(spec.model)
+    checkpoint = open_checkpoint(*resolve_checkpoint(spec.model))
+    checkpoint.check_other_files()
+    return checkpoint
 
 
 def plan_of(checkpoint: Checkpoint, spec: PruneSpec) -> Plan:

@@ -63,6 +63,18 @@ class Checkpoint:
         """Every file but the shards and dense copies in other formats, relative to the directory."""
         return tuple(path for path in self._rest if not is_other_format(path.as_posix()))
 
+    def check_other_files(self) -> None:
+        """Open each of them once: better now than when all the work is done.
+
+        Raises:
+            InputRefused: one cannot be read.
+        """
+        for path in self.other_files:
+            try:
+                (self.directory / path).open("rb").close()
+            except OSError as error:
+                raise InputRefused(f"{self.directory / path}: {error.strerror}", "make it readable") from error
+
     @cached_property
     def other_bytes(self) -> int:
         """Of those."""
@@ -166,6 +178,12 @@ def _shard_paths(directory: Path) -> list[Path]:
         pickles = sorted(
             path.name for pattern in ("*.bin", "*.pt", "*.pth", "*.ckpt") for path in directory.glob(pattern)
         )
+        if any(directory.glob("*.safetensors")):
+            raise InputRefused(
+                f"{directory / INDEX_FILE} is missing",
+                "it says which weights are where: fetch it again",
+                code="inconsistent-checkpoint",
+            )
         why = f"has only pickled weights ({pickles[0]})" if pickles else "has no safetensors weights"
         raise InputRefused(
             f"{directory} {why}", "convert it with save_pretrained; tsenor never opens pickles", code="no-safetensors"

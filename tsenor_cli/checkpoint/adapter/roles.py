@@ -101,7 +101,14 @@ class _Roles:
             return Role(reason, prunable=False, layer=layer)
         converter = next((item for item in self.converters if pattern in item.source_patterns), None)
         if converter is None or pattern is None:
-            role = self._plain_role(owner, parameter, tensor.shape, tuple(self.state[key].shape))
+            loaded = tuple(self.state[key].shape)
+            role = self._plain_role(owner, parameter, tensor.shape)
+            if role.layout is not None and tensor.shape != loaded:
+                raise InputRefused(
+                    f"{tensor.name} has shape {list(tensor.shape)}, and config.json makes it {list(loaded)}",
+                    "fetch both again, from one place",
+                    code="inconsistent-checkpoint",
+                )
         else:
             role = self._converted_role(owner, parameter, tensor, key, converter)
         site = self._site(owner, owner_name, parameter)
@@ -135,10 +142,8 @@ class _Roles:
         prefix = self.model.base_model_prefix
         return name == prefix or name.startswith(prefix + ".")
 
-    def _plain_role(self, owner: nn.Module, parameter: str, shape: tuple[int, ...], loaded: tuple[int, ...]) -> Role:
+    def _plain_role(self, owner: nn.Module, parameter: str, shape: tuple[int, ...]) -> Role:
         """The role of a tensor that is loaded as it stands on disk."""
-        if shape != loaded:
-            return Role("its shape is not the model's")
         if parameter == "weight" and len(shape) == 2 and isinstance(owner, (nn.Linear, Conv1D)):
             layout: Layout = "out_in" if isinstance(owner, nn.Linear) else "in_out"
             return Role(layout=layout, out_pieces=(shape[0 if layout == "out_in" else 1],))
@@ -157,7 +162,7 @@ class _Roles:
     ) -> Role:
         """The role of a tensor that loading stacks, joins, cuts or turns before it becomes a parameter."""
         loaded = tuple(self.state[key].shape)
-        in_memory = self._plain_role(owner, parameter, loaded, loaded)
+        in_memory = self._plain_role(owner, parameter, loaded)
         if in_memory.layout is None:
             return in_memory
         operations = [type(operation).__name__ for operation in converter.operations]
