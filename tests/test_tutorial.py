@@ -86,7 +86,9 @@ def test_the_tutorials(page, shell):
 def usage(page):
     """The commands in plain blocks of a page, without the words that explain them."""
     text = "\n".join(re.findall(r"^```\n(.*?)^```", (ROOT / page).read_text(), re.MULTILINE | re.DOTALL))
-    return [re.split(r" {3,}|  +→", line)[0].strip() for line in text.splitlines() if line.startswith("tsenor ")]
+    return [
+        re.split(r" {3,}|  +→", line)[0].strip() for line in text.splitlines() if re.match(r"(\w+=\$\()?tsenor ", line)
+    ]
 
 
 README_NAMES = {
@@ -101,7 +103,7 @@ README_NAMES = {
     "DIR...": "model-2of4-transposable model-8of16-transposable",
     "DIR": "model-2of4-transposable",
     "--calibration text.jsonl": "--calibration text.jsonl --sequence-length 16 -o calibrated",
-    "| xargs": "--overwrite | xargs",
+    "-q) &&": "-q --overwrite) &&",
     "--json |": "--json --overwrite |",
     "bench masks": "bench masks --nm 2:4 --tensors 1 --repeat 1 --budget 0.01",
 }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import shutil
@@ -9,6 +10,7 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -529,8 +531,60 @@ def test_what_no_method_of_the_run_measures_cannot_fail_it(tsenor, llama, tmp_pa
     fails(tsenor("prune", llama, *options), 2, "only sparsegpt and alps know it")
 
 
-def test_a_picture_needs_a_place(tsenor, tmp_path):
+def test_a_picture_needs_a_place_and_a_format(tsenor, tmp_path):
     fails(tsenor("bench", "masks", "--plot", tmp_path / "absent" / "x.png"), 2, "no directory for --plot")
+    fails(tsenor("bench", "masks", "--plot", "x.xyz"), 2, "ends in .png, .svg or .pdf")
+
+
+def test_a_condition_that_is_none_has_its_own_code(tsenor, llama):
+    fails(tsenor("prune", llama, "--nm", "2:4", "--fail-if", "foo>1"), 2, "is not a condition", "[bad-condition]")
+
+
+@pytest.mark.parametrize("arguments", [(), ("bench",)])
+def test_nothing_to_do_gets_help(tsenor, arguments):
+    outcome = tsenor(*arguments)
+    assert (outcome.code, outcome.out) == (2, "")
+    assert outcome.err.startswith("Usage: tsenor")
+    assert outcome.err.count("\n") > 10
+
+
+def test_shapes_that_are_not_those_of_the_config(tsenor, llama, tmp_path):
+    config = json.loads((llama / "config.json").read_text())
+    (llama / "config.json").write_text(json.dumps(config | {"intermediate_size": 2 * config["intermediate_size"]}))
+    fails(tsenor("prune", llama, "--nm", "2:4"), 3, "mlp", "config.json makes it", "[inconsistent-checkpoint]")
+    assert untouched(tmp_path / "work")
+
+
+def test_shards_without_an_index(tsenor, llama):
+    (llama / INDEX).unlink()
+    fails(tsenor("prune", llama, "--nm", "2:4"), 3, f"{INDEX} is missing", "[inconsistent-checkpoint]")
+
+
+def test_what_cannot_be_copied_is_noticed_before_the_work(tsenor, llama, tmp_path, monkeypatch):
+    opened = Path.open
+
+    def refuse(path, *args, **kwargs):
+        if path.name == "generation_config.json":
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+        return opened(path, *args, **kwargs)
+
+    (llama / "generation_config.json").write_text("{}")
+    monkeypatch.setattr(Path, "open", refuse)
+    fails(tsenor("prune", llama, "--nm", "2:4"), 3, "generation_config.json: Permission denied", "[input-refused]")
+    assert untouched(tmp_path / "work")
+
+
+def test_a_link_gives_the_output_its_own_name(tsenor, llama, tmp_path):
+    (tmp_path / "work" / "mine").symlink_to(llama)
+    assert tsenor("prune", "mine", "--nm", "2:4").out == "mine-2of4-transposable\n"
+
+
+@pytest.mark.slow
+def test_without_standard_streams(llama, tmp_path):
+    """A real process that is started with none of them: no file of the output takes the place of one."""
+    command = f"{' '.join(TSENOR)} prune {llama} --nm 2:4 -q -o x <&- >&- 2>&-"
+    assert subprocess.run(["bash", "-c", command], cwd=tmp_path, check=False).returncode == 0
+    assert subprocess.run([*TSENOR, "verify", "x", "-q"], cwd=tmp_path, check=False).returncode == 0
 
 
 def test_evaluation_keeps_to_the_budget_or_says_so(tsenor, speaking_llama, text):

@@ -71,11 +71,11 @@ def run(arguments: Sequence[str]) -> int:
     try:
         with signals_raise(end_at_once):
             cli.main(list(arguments), prog_name="tsenor", standalone_mode=False)
-            sys.stdout.flush()
+            if sys.stdout is not None:  # it is None if this process was started without one
+                sys.stdout.flush()
             return 0
     except click.ClickException as error:
-        command = error.ctx.command_path if isinstance(error, click.UsageError) and error.ctx else "tsenor"
-        return _fail(error, f"{error.format_message()} (see {command} --help)", error.exit_code, UsageError.code)
+        return _misused(error)
     except SaidElsewhereError as error:
         return error.exit_code
     except TsenorError as error:
@@ -86,10 +86,19 @@ def run(arguments: Sequence[str]) -> int:
         return _fail(stopped, stopped.what, stopped.exit_code, stopped.what)
     except BrokenPipeError:
         # The reader of stdout has gone: nothing more can be said there. Keep the interpreter's last flush quiet.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
         return 1
     except (OSError, MemoryError, RuntimeError) as error:
         return _fail_of_the_machine(error)
+
+
+def _misused(error: click.ClickException) -> int:
+    """What click has to say; to a command that needs another one after it, and was given none, its help."""
+    if isinstance(error, click.exceptions.NoArgsIsHelpError):
+        error.show()
+        return error.exit_code
+    command = error.ctx.command_path if isinstance(error, click.UsageError) and error.ctx else "tsenor"
+    return _fail(error, f"{error.format_message()} (see {command} --help)", error.exit_code, UsageError.code)
 
 
 def _fail_of_the_machine(error: OSError | MemoryError | RuntimeError) -> int:

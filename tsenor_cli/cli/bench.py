@@ -73,6 +73,10 @@ def masks(
     """
     if plot is not None and not plot.absolute().parent.is_dir():
         raise click.UsageError(f"there is no directory for --plot {plot}", click.get_current_context())
+    if plot is not None and plot.suffix not in {".png", ".svg", ".pdf"}:
+        raise click.UsageError(
+            f"--plot {plot}: give a name that ends in .png, .svg or .pdf", click.get_current_context()
+        )
     patterns = [NMPattern.parse(text) for text in nm]
     sizes = [_size(text) for text in size]
     with console.stdout_reserved():

@@ -15,6 +15,7 @@ from tsenor_cli.cli.options import (
     TEXT,
     FiniteRange,
     device_option,
+    directory_name,
     fail_if_option,
     json_option,
     log_format_option,
@@ -117,7 +118,7 @@ def finetune(
     """
     if options["eval_text"] == "-" == options["text"]:
         raise click.UsageError("--text and --eval both ask for standard input", click.get_current_context())
-    spec = FinetuneSpec(model, output or Path(f"{Path(model).resolve().name}-finetuned"), **options)
+    spec = FinetuneSpec(model, output or Path(f"{directory_name(model)}-finetuned"), **options)
     bar = console.progress(quiet=quiet, verbose=verbose)
     with console.stdout_reserved():
         console.quiet_libraries(verbose=verbose)

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import math
+import os
 import re
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import click
@@ -20,6 +22,11 @@ _UNITS = {
     "B": 1,
     **{unit + suffix: 1024**power for power, unit in enumerate("KMGT", 1) for suffix in ("", "B", "iB")},
 }
+
+
+def directory_name(path: str) -> str:
+    """The last part of a path as its user calls it: of `.` that of the directory, and of a link its own."""
+    return Path(os.path.normpath(Path.cwd() / path)).name
 
 
 class Size(click.ParamType[int]):
@@ -79,11 +86,8 @@ class ConditionType(click.ParamType[Condition]):
 
     name = "condition"
 
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Condition:  # noqa: ANN401
-        try:
-            return value if isinstance(value, Condition) else Condition.parse(value)
-        except UsageError as error:
-            self.fail(str(error), param, ctx)
+    def convert(self, value: Any, _param: click.Parameter | None, _ctx: click.Context | None) -> Condition:  # noqa: ANN401
+        return value if isinstance(value, Condition) else Condition.parse(value)  # its error has a code of its own
 
     def shell_complete(self, _ctx: click.Context, _param: click.Parameter, incomplete: str) -> list[CompletionItem]:
         return [CompletionItem(name) for name in METRICS if name.startswith(incomplete)]

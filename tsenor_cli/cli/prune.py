@@ -18,6 +18,7 @@ from tsenor_cli.cli.options import (
     FiniteRange,
     PartType,
     device_option,
+    directory_name,
     fail_if_option,
     ignore_option,
     json_option,
@@ -274,7 +275,7 @@ def _choices(
 
 def default_output(model: str, pattern: NMPattern | None) -> Path:
     """A name in the current directory that says what it is: llama-2of4-transposable, llama-sparse by a recipe alone."""
-    name = Path(model).resolve().name if Path(model).is_dir() else model.partition("@")[0].rpartition("/")[2]
+    name = directory_name(model) if Path(model).is_dir() else model.partition("@")[0].rpartition("/")[2]
     return Path(f"{name}-{pattern.n}of{pattern.m}-{pattern.kind}" if pattern else f"{name}-sparse")
 
 

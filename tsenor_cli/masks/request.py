@@ -35,7 +35,7 @@ class Request:
         if self.solver not in SOLVERS:
             raise UsageError(f"unknown solver {self.solver!r}", f"known: {', '.join(SOLVERS)}")
         if self.solver == "exact" and (given := [name for name, value in self.entropic.items() if value is not None]):
-            raise UsageError(f"{', '.join(given)}: not an option of the exact solver", 'give solver="entropic" as well')
+            raise UsageError(f"{', '.join(given)}: not an option of the exact solver", 'choose "entropic", too')
         if not self.pattern.transposable and self.solver != "exact":
             raise UsageError(f"{self.solver} is for transposable patterns", "a standard pattern needs no other solver")
         self._check_entropic()
