@@ -142,6 +142,8 @@ def check_methods(spec: PruneSpec) -> None:
         )
     if not spec.update and spec.methods.isdisjoint(UPDATING):
         raise UsageError("--no-update: no method changes weights", f"it is for {' and '.join(sorted(UPDATING))}")
+    if spec.damping != PruneSpec.damping and spec.methods.isdisjoint(UPDATING):
+        raise UsageError("--damping: no method takes it", f"it is for {' and '.join(sorted(UPDATING))}")
 
 
 def pruners_of(spec: PruneSpec) -> Mapping[str, Pruner]:

@@ -24,7 +24,7 @@ def test_on_a_cpu(tsenor, llama):
 
 
 def test_with_kernels(tsenor, monkeypatch):
-    """The stand-in is slower than dense, and that is said."""
+    """Where the stand-in is slower than dense, as it mostly is, that is said."""
     monkeypatch.setattr("tsenor_cli.training.packing.find_kernels", lambda _: stand_in())
     arguments = ("--size", "64x128", "--size", "64x128", "--size", "12x12", "--tokens", 8, "--repeat", 2)
     outcome = tsenor("bench", "training", *arguments, "--dtype", "float16")
@@ -34,7 +34,8 @@ def test_with_kernels(tsenor, monkeypatch):
     assert (sparse["shape"], sparse["count"], sparse["reason"]) == ([64, 128], 2, None)
     assert sparse["both_ways"]["packing"] > 0
     assert odd["reason"] == "stand-in wants multiples of 8"
-    assert "nothing gained" in outcome.err
+    slower = sum(sparse[way]["speed_up"] < 1 for way in ("dense", "forward_only", "both_ways"))
+    assert outcome.err.count("nothing gained") == slower
     assert "12x12: only dense" in outcome.err
     assert "a step of all 3 takes" in outcome.err
     assert tsenor("bench", "training", *arguments, "-q").err == ""

@@ -531,6 +531,10 @@ def test_what_no_method_of_the_run_measures_cannot_fail_it(tsenor, llama, tmp_pa
     fails(tsenor("prune", llama, *options), 2, "only sparsegpt and alps know it")
 
 
+def test_what_no_method_of_the_run_takes(tsenor, llama):
+    fails(tsenor("prune", llama, "--nm", "2:4", "--damping", 1), 2, "no method takes it: it is for alps and sparsegpt")
+
+
 def test_a_picture_needs_a_place_and_a_format(tsenor, tmp_path):
     fails(tsenor("bench", "masks", "--plot", tmp_path / "absent" / "x.png"), 2, "no directory for --plot")
     fails(tsenor("bench", "masks", "--plot", "x.xyz"), 2, "ends in .png, .svg or .pdf")

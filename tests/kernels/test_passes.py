@@ -34,11 +34,10 @@ def expected(q, n, count, furthest, limits):
     return u, v
 
 
-@pytest.mark.parametrize("furthest", [0, 6, 10])
+@pytest.mark.parametrize(("count", "furthest"), [(2, 10), (7, 0), (7, 6), (7, 10)])
 @pytest.mark.parametrize(("width", "by_xor"), [(128, False), (256, False), (512, False), (512, True)])
 @pytest.mark.parametrize("dtype", [np.int16, np.int32])
 @pytest.mark.parametrize(("n", "m"), [(1, 2), (2, 4), (3, 5), (4, 8), (8, 16), (5, 24), (16, 32), (32, 64), (1, 64)])
-@pytest.mark.parametrize("count", [2, 7])
 def test_same_bits_as_a_sort(n, m, dtype, width, by_xor, furthest, count, monkeypatch):
     monkeypatch.setattr(passes, "_vector_bits", lambda: width)
     monkeypatch.setattr(passes, "_minima_wait", lambda: by_xor)
