@@ -586,9 +586,12 @@ def test_a_link_gives_the_output_its_own_name(tsenor, llama, tmp_path):
 @pytest.mark.slow
 def test_without_standard_streams(llama, tmp_path):
     """A real process that is started with none of them: no file of the output takes the place of one."""
-    command = f"{' '.join(TSENOR)} prune {llama} --nm 2:4 -q -o x <&- >&- 2>&-"
-    assert subprocess.run(["bash", "-c", command], cwd=tmp_path, check=False).returncode == 0
+    without = ["bash", "-c", 'exec "$@" <&- >&- 2>&-', "bash"]
+    command = [*without, *TSENOR, "prune", llama, "--nm", "2:4", "-q", "-o", "x"]
+    assert subprocess.run(command, cwd=tmp_path, check=False).returncode == 0
     assert subprocess.run([*TSENOR, "verify", "x", "-q"], cwd=tmp_path, check=False).returncode == 0
+    next_one = "import os, tsenor_cli.__main__ as m; m.run = lambda _: os.open(os.devnull, os.O_RDONLY) <= 2; m.main()"
+    assert subprocess.run([*without, sys.executable, "-c", next_one], check=False).returncode == 0
 
 
 def test_evaluation_keeps_to_the_budget_or_says_so(tsenor, speaking_llama, text):

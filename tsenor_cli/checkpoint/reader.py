@@ -175,15 +175,15 @@ def _shard_paths(directory: Path) -> list[Path]:
     elif index.is_file():
         names = sorted(set(weight_map(directory).values()))
     else:
-        pickles = sorted(
-            path.name for pattern in ("*.bin", "*.pt", "*.pth", "*.ckpt") for path in directory.glob(pattern)
-        )
         if any(directory.glob("*.safetensors")):
             raise InputRefused(
                 f"{directory / INDEX_FILE} is missing",
                 "it says which weights are where: fetch it again",
                 code="inconsistent-checkpoint",
             )
+        pickles = sorted(
+            path.name for pattern in ("*.bin", "*.pt", "*.pth", "*.ckpt") for path in directory.glob(pattern)
+        )
         why = f"has only pickled weights ({pickles[0]})" if pickles else "has no safetensors weights"
         raise InputRefused(
             f"{directory} {why}", "convert it with save_pretrained; tsenor never opens pickles", code="no-safetensors"

@@ -56,8 +56,8 @@ def read_roles(checkpoint: Checkpoint, *, layered: bool = False) -> dict[str, Ro
     """The role of every tensor of the checkpoint.
 
     Raises:
-        InputRefused: transformers has no model for this config; or, if it must be `layered`, one without a list of
-            decoder layers.
+        InputRefused: transformers has no model for this config, or one in which a weight to prune has another shape;
+            or, if it must be `layered`, one without a list of decoder layers.
     """
     model = meta_model(checkpoint)
     mapping = get_model_conversion_mapping(model)
