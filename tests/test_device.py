@@ -27,7 +27,7 @@ def test_others_are_kept(dtype):
 
 
 def test_devices():
-    assert find_device("cpu") == CPU
+    assert find_device("cpu") == find_device(str(torch.device("cpu", 0))) == CPU
     with pytest.raises(UsageError, match="not known"):
         find_device("tpu" if torch.cuda.is_available() else "cuda:x")
     if not torch.cuda.is_available():

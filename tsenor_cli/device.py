@@ -19,7 +19,7 @@ def find_device(name: str) -> torch.device:
         UsageError: the name is none of these.
         InputRefused: there is no such GPU here.
     """
-    if name == "cpu":
+    if name in ("cpu", "cpu:0"):  # torch gives it a number where it is asked for one
         return CPU
     problem = why_no_gpu()
     if name == "auto":

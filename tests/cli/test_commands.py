@@ -564,6 +564,15 @@ def test_shards_without_an_index(tsenor, llama):
     fails(tsenor("prune", llama, "--nm", "2:4"), 3, f"{INDEX} is missing", "[inconsistent-checkpoint]")
 
 
+@pytest.mark.parametrize("name", ["adapter_model", "consolidated", "model.fp16"])
+def test_safetensors_of_another_name(tsenor, tmp_path, name):
+    source = tmp_path / "other"
+    source.mkdir()
+    (source / "config.json").write_text("{}")
+    save_file({"w": torch.ones(4, 4)}, source / f"{name}.safetensors")
+    fails(tsenor("inspect", source), 3, f"has {name}.safetensors, but no model.safetensors", "[no-safetensors]")
+
+
 def test_what_cannot_be_copied_is_noticed_before_the_work(tsenor, llama, tmp_path, monkeypatch):
     opened = Path.open
 

@@ -175,19 +175,7 @@ def _shard_paths(directory: Path) -> list[Path]:
     elif index.is_file():
         names = sorted(set(weight_map(directory).values()))
     else:
-        if any(directory.glob("*.safetensors")):
-            raise InputRefused(
-                f"{directory / INDEX_FILE} is missing",
-                "it says which weights are where: fetch it again",
-                code="inconsistent-checkpoint",
-            )
-        pickles = sorted(
-            path.name for pattern in ("*.bin", "*.pt", "*.pth", "*.ckpt") for path in directory.glob(pattern)
-        )
-        why = f"has only pickled weights ({pickles[0]})" if pickles else "has no safetensors weights"
-        raise InputRefused(
-            f"{directory} {why}", "convert it with save_pretrained; tsenor never opens pickles", code="no-safetensors"
-        )
+        raise _no_weights(directory)
     paths = [directory / name for name in names]
     for path in paths:
         if not path.is_file():
@@ -196,6 +184,27 @@ def _shard_paths(directory: Path) -> list[Path]:
             )
         check_contained(path, directory)
     return paths
+
+
+def _no_weights(directory: Path) -> InputRefused:
+    """Why a directory without SINGLE_FILE and INDEX_FILE has no weights of a model."""
+    if any(directory.glob("*-of-*.safetensors")):
+        return InputRefused(
+            f"{directory / INDEX_FILE} is missing",
+            "it says which weights are where: fetch it again",
+            code="inconsistent-checkpoint",
+        )
+    if others := sorted(path.name for path in directory.glob("*.safetensors")):
+        return InputRefused(  # an adapter, a variant, another library's
+            f"{directory} has {others[0]}, but no {SINGLE_FILE}",
+            f"name it {SINGLE_FILE} if a whole model is in it, as save_pretrained writes it",
+            code="no-safetensors",
+        )
+    pickles = sorted(path.name for pattern in ("*.bin", "*.pt", "*.pth", "*.ckpt") for path in directory.glob(pattern))
+    why = f"has only pickled weights ({pickles[0]})" if pickles else "has no safetensors weights"
+    return InputRefused(
+        f"{directory} {why}", "convert it with save_pretrained; tsenor never opens pickles", code="no-safetensors"
+    )
 
 
 def weight_map(directory: Path) -> dict[str, str]:
