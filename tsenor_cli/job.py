@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -189,18 +189,19 @@ def _eval_tokens(spec: PruneSpec, checkpoint: Checkpoint) -> TextTokens | None:
     if spec.eval_text is None:
         return None
     field, length = spec.eval_windows
-    return text_tokens(checkpoint, spec.eval_text, field, length)
+    return text_tokens([checkpoint], spec.eval_text, field, length)
 
 
 def text_tokens(
-    checkpoint: Checkpoint, text: str, field: str, sequence_length: int | None, limit: int | None = None
+    checkpoints: Sequence[Checkpoint], text: str, field: str, sequence_length: int | None, limit: int | None = None
 ) -> TextTokens:
-    """The windows of a text that perplexity is measured on."""
+    """The windows of a text that the perplexity of checkpoints is measured on, as long as the first of them says."""
     from tsenor_cli.calibration.tokens import all_windows
-    from tsenor_cli.checkpoint.adapter.tokenizer import CheckpointTokenizer, window_length
+    from tsenor_cli.checkpoint.adapter.tokenizer import CommonTokenizer, window_length
 
-    length = window_length(checkpoint, sequence_length)
-    return all_windows(text, CheckpointTokenizer(checkpoint.directory), length=length, limit=limit, field=field)
+    length = window_length(checkpoints[0], sequence_length)
+    tokenizer = CommonTokenizer([checkpoint.directory for checkpoint in checkpoints])
+    return all_windows(text, tokenizer, length=length, limit=limit, field=field)
 
 
 def absolute(path: Path) -> Path:

@@ -36,7 +36,7 @@ from tsenor_cli.checkpoint.writer import CARD_FILE, PAGE_FILE, REPORT_FILE, Outp
 from tsenor_cli.device import device_name, find_device
 from tsenor_cli.distributed import Team
 from tsenor_cli.distribution import share_out
-from tsenor_cli.errors import InputRefused, UsageError
+from tsenor_cli.errors import InputRefused
 from tsenor_cli.forecast import PLANNED, Forecast, forecast, planned_like
 from tsenor_cli.job import (
     Job,
@@ -278,19 +278,15 @@ def evaluate(
 ) -> list[Perplexity]:
     """Perplexity of checkpoints on a text, one decoder layer in memory at a time (see calibration/perplexity.py).
 
-    All of them see the same tokens, those of the first one's tokenizer.
+    All of them see the same tokens.
 
     Raises:
-        UsageError: their tokenizers differ, so that figures would say nothing; or the text cannot be one.
+        UsageError: their tokenizers give other tokens, so that figures would say nothing; or the text cannot be one.
         InputRefused: the text or a checkpoint cannot be used.
         TsenorError: a loss is not finite.
     """
-    from tsenor_cli.checkpoint.adapter.tokenizer import CheckpointTokenizer
-
     checkpoints = [open_checkpoint(*resolve_checkpoint(model)) for model in models]
-    if len({CheckpointTokenizer(checkpoint.directory).fingerprint for checkpoint in checkpoints}) > 1:
-        raise UsageError("the tokenizers of these models differ: perplexities cannot be compared", "give one model")
-    tokens = text_tokens(checkpoints[0], text, field, sequence_length, max_windows)
+    tokens = text_tokens(checkpoints, text, field, sequence_length, max_windows)
     place = find_device(device)
     return [_measure(checkpoint, tokens, observer or Observer(), memory_budget, place) for checkpoint in checkpoints]
 

@@ -104,6 +104,10 @@ def test_models_with_other_tokenizers_are_not_compared(tmp_path):
     (tmp_path / "a.txt").write_text("the quick brown fox jumps over the lazy dog " * 10)
     first, second = evaluate([str(model) for model in models], str(tmp_path / "a.txt"))
     assert first == second
+    config = models[1] / "tokenizer_config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"is_local": True}))  # as save_pretrained leaves it
+    _, again = evaluate([str(model) for model in models], str(tmp_path / "a.txt"))
+    assert again.perplexity == second.perplexity
     tokenizer = models[1] / "tokenizer.json"
     tokenizer.write_text(tokenizer.read_text().replace('"a"', '"ä"'))
     with pytest.raises(UsageError, match="tokenizers of these models differ"):

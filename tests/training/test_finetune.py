@@ -11,7 +11,7 @@ import time
 
 import pytest
 import torch
-from checkpoints import add_tokenizer, make_checkpoint, read_shards
+from checkpoints import add_tokenizer, make_checkpoint, read_shards, write_checkpoint
 
 import tsenor_cli.training.trainer
 from tsenor_cli.checkpoint.adapter.whole import load_model
@@ -270,6 +270,26 @@ def test_a_weight_that_would_not_come_back_is_refused(sparse, text, tmp_path, mo
     with pytest.raises(InputRefused, match="does not come back from transformers as it went in"):
         finetune(spec(sparse("llama"), tmp_path / "out", text))
     assert not (tmp_path / "out").exists()
+
+
+def test_what_launchers_set_changes_no_bit(sparse, text, tmp_path, monkeypatch):
+    finetune(spec(sparse("llama"), tmp_path / "out", text, steps=2))
+    launched = {"ACCELERATE_MIXED_PRECISION": "bf16", "LOCAL_RANK": "0", "WORLD_SIZE": "one"}
+    for name, value in launched.items():
+        monkeypatch.setenv(name, value)
+    finetune(spec(sparse("llama"), tmp_path / "launched", text, steps=2))
+    for file in read_shards(tmp_path / "out"):
+        assert (tmp_path / "launched" / file).read_bytes() == (tmp_path / "out" / file).read_bytes()
+    assert launched.items() <= os.environ.items()
+
+
+def test_a_pattern_that_is_lost_already_is_refused_before_the_work(sparse, text, tmp_path):
+    source = shutil.copytree(sparse("llama"), tmp_path / "dense-again")
+    shards = {file: {name: tensor + 1 for name, tensor in shard.items()} for file, shard in read_shards(source).items()}
+    write_checkpoint(source, shards, json.loads((source / "config.json").read_text()))
+    with pytest.raises(InputRefused, match="is not 2:4 any more"):
+        finetune(spec(source, tmp_path / "out", text))
+    assert not list(tmp_path.glob("out*"))
 
 
 def test_training_that_diverges_stops_at_once(tsenor, sparse, text, tmp_path):

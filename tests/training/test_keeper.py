@@ -139,6 +139,8 @@ def test_frozen_weights_that_thaw():
     net.requires_grad_(False)
     with keep_masks(net, masks):
         net.requires_grad_(True)
+        net.first.weight.sum().backward()
+        assert torch.equal(net.first.weight.grad != 0, masks["first.weight"])  # before the first step, too
         train(net, OPTIMIZERS["adamw"](net.parameters()), steps=5)
     assert_kept(dict(net.named_parameters()), masks)
 

@@ -181,6 +181,47 @@ def test_adapters_of_experts(tmp_path):
         assert name not in masks or not parameter[~masks[name]].any()
 
 
+@pytest.fixture(scope="module")
+def tied(tmp_path_factory):
+    """A pruned checkpoint whose head is its embedding."""
+    folder = tmp_path_factory.mktemp("tied")
+    prune(PruneSpec(str(make_checkpoint("qwen3", folder / "dense")), folder / "sparse", PATTERN))
+    return folder / "sparse"
+
+
+@torch.no_grad()
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")
+@pytest.mark.filterwarnings("ignore:Model has `tie_word_embeddings=True`:UserWarning")
+def test_a_head_that_was_trained_apart_stays_itself(tied, tmp_path):
+    from peft import LoraConfig, get_peft_model
+
+    model = get_peft_model(load(tied), LoraConfig(r=4, target_modules=["q_proj"], modules_to_save=["lm_head"]))
+    model.get_output_embeddings().modules_to_save["default"].weight.mul_(2)
+    plain, _ = merge_lora(model, tied)
+    assert torch.equal(plain.lm_head.weight, 2 * plain.model.embed_tokens.weight)
+    plain.save_pretrained(tmp_path / "out")
+    assert not load(tmp_path / "out").config.tie_word_embeddings
+    assert torch.equal(load(tmp_path / "out").lm_head.weight, plain.lm_head.weight)
+
+
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")
+@pytest.mark.filterwarnings("ignore:Model has `tie_word_embeddings=True`:UserWarning")
+@pytest.mark.parametrize("target", ["embed_tokens", "lm_head"])
+def test_adapters_of_tied_weights_are_refused(target, tied):
+    from peft import LoraConfig, get_peft_model
+
+    model = get_peft_model(load(tied), LoraConfig(r=4, target_modules=["q_proj", target]))
+    with pytest.raises(InputRefused, match="is tied to another weight"):
+        merge_lora(model, tied)
+
+
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")
+def test_masked_adapters_are_not_mixed_in_a_batch(sparse):
+    model = adapted(sparse, masked=True).eval()
+    with pytest.raises(UsageError, match="cannot be mixed in a batch"):
+        model(input_ids=rows(), adapter_names=["default"] * len(rows()))
+
+
 @pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")
 def test_adapters_of_other_kinds_are_refused(sparse):
     from peft import LoraConfig, get_peft_model

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from importlib.metadata import version
@@ -118,7 +119,7 @@ def _prepare(spec: FinetuneSpec) -> _Job | Report:
         raise UsageError(
             "fine-tuning needs the package accelerate", "pip install 'tsenor[train]'", code="missing-extra"
         )
-    if int(os.environ.get("WORLD_SIZE") or 1) > 1:
+    if re.fullmatch("[0-9]+", size := os.environ.get("WORLD_SIZE", "")) and int(size) > 1:
         raise UsageError("tsenor finetune is for one process", "train with several by a script, with keep_masks")
     output, device = absolute(spec.output), find_device(spec.device)
     checkpoint = open_checkpoint(*resolve_checkpoint(spec.model))
@@ -126,6 +127,9 @@ def _prepare(spec: FinetuneSpec) -> _Job | Report:
     pruned = read_report(checkpoint.directory)
     if checkpoint.config.get("quantization_config") is not None:
         raise InputRefused(f"{spec.model} is quantised", "fine-tune it before", code="quantised-checkpoint")
+    for record in pruned.tensors:
+        if record.action == "pruned":
+            mask_on_disk(checkpoint, record)  # refused now, and not after perplexity has been measured
     tokens, eval_tokens = _texts(spec, checkpoint)
     identity = _identity(spec, checkpoint, device_name(device), tokens, eval_tokens)
     if spec.resume and already_finished(output, identity):

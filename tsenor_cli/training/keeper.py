@@ -114,9 +114,12 @@ class _Kept:
         self._hook: RemovableHandle | None = None
 
     def watch(self) -> None:
-        """Mask its gradients from now on, if it has any."""
-        if self._hook is None and self.parameter.requires_grad:
+        """Mask its gradients from now on, also those of a time when it is no longer frozen."""
+        if self._hook is None:
+            trained = self.parameter.requires_grad
+            self.parameter.requires_grad_(True)  # else torch takes no hook; it keeps one that it has
             self._hook = self.parameter.register_post_accumulate_grad_hook(self._accumulated)  # type: ignore[no-untyped-call]
+            self.parameter.requires_grad_(trained)
 
     def release(self) -> None:
         """Mask its gradients no more."""

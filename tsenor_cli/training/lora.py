@@ -7,6 +7,7 @@ the size of W in every pass, and a merged model that is the trained one.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +18,7 @@ from peft.tuners.lora import Linear
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 from torch.nn.functional import linear
+from transformers import PreTrainedModel
 
 from tsenor_cli.errors import InputRefused, UsageError
 from tsenor_cli.training.keeper import keep_masks
@@ -61,6 +63,8 @@ class _MaskedLinear(Linear):
     kept: torch.Tensor
 
     def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:  # noqa: ANN401
+        if kwargs.pop("adapter_names", None) is not None:
+            raise UsageError("masked adapters cannot be mixed in a batch", "choose one for all of it with set_adapter")
         if self.disable_adapters or self.merged:
             return super().forward(x, *args, **kwargs)
         result: torch.Tensor = self.base_layer(x, *args, **kwargs)
@@ -107,13 +111,14 @@ def merge_lora(
         The model without adapters, and what happened to each weight that has a mask and an adapter.
 
     Raises:
-        InputRefused: see keep_masks.
+        InputRefused: see keep_masks; or an adapted weight is tied to another, so that both would change.
         UsageError: the model has no adapters.
         ValueError: peft finds a merged weight that is not finite.
     """
     if not hasattr(model, "unload"):
         raise UsageError("the model has no adapters", "give what peft.get_peft_model made")
     named = masks if isinstance(masks, Mapping) else model_masks(model, masks)
+    _refuse_tied(model)
     merged: list[MergedWeight] = []
     with keep_masks(model, named) as keeper:
         for layer, weights in _adapted(model):
@@ -123,7 +128,30 @@ def merge_lora(
             merged += (_merged(name, weight, before[name], named[name]) for name, weight in masked.items())
         keeper.apply()
     plain: nn.Module = model.unload()  # type: ignore[operator]  # a model of peft has it
+    _say_what_is_tied(plain)
     return plain, merged
+
+
+def _refuse_tied(model: nn.Module) -> None:
+    uses = Counter(map(id, (weight for _, weight in model.named_parameters(remove_duplicate=False))))
+    for _, weights in _adapted(model):
+        for name, weight in weights.items():
+            if uses[id(weight)] > 1:
+                raise InputRefused(
+                    f"{name} has an adapter and is tied to another weight, which merging would change, too",
+                    "load the model with tie_word_embeddings=False before it gets adapters",
+                    code="unsupported-model",
+                )
+
+
+def _say_what_is_tied(model: nn.Module) -> None:
+    """A head that was trained apart is tied no more; were it still so in config.json, a loader could throw it away."""
+    if not isinstance(model, PreTrainedModel):
+        return
+    head: Any = model.get_output_embeddings()  # type: ignore[no-untyped-call]
+    if head is not None and head.weight is not model.get_input_embeddings().weight:
+        for config in (model.config, model.config.get_text_config()):
+            config.tie_word_embeddings = False
 
 
 def _adapted(model: nn.Module) -> Iterator[tuple[Any, dict[str, nn.Parameter]]]:

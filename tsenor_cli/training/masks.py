@@ -13,11 +13,14 @@ import torch
 from torch import nn
 from torch.distributed.tensor import DTensor
 
+from tsenor_cli.checkpoint.layouts import LAYOUTS, to_matrices
 from tsenor_cli.checkpoint.maskfile import read_mask
 from tsenor_cli.checkpoint.reader import Checkpoint, open_checkpoint
+from tsenor_cli.checkpoint.soundness import group_counts
 from tsenor_cli.errors import InputRefused
 from tsenor_cli.report.read import read_report
 from tsenor_cli.report.records import TensorRecord
+from tsenor_cli.specs import NMPattern
 
 # What DistributedDataParallel and peft put in front of names, and torch.compile and activation checkpointing anywhere.
 _INSIDE = r"(_orig_mod|_checkpoint_wrapped_module)\."
@@ -63,7 +66,8 @@ def mask_on_disk(checkpoint: Checkpoint, record: TensorRecord) -> torch.Tensor:
     """The mask of one of them.
 
     Raises:
-        InputRefused: the checkpoint has no such tensor, or its saved mask is missing or damaged.
+        InputRefused: the checkpoint has no such tensor, or its saved mask is missing or damaged; or, where none is
+            saved, too many weights are not zero.
     """
     tensor = checkpoint.tensors.get(record.name)
     if tensor is None or list(tensor.shape) != record.shape:
@@ -72,7 +76,17 @@ def mask_on_disk(checkpoint: Checkpoint, record: TensorRecord) -> torch.Tensor:
             "copy the checkpoint again",
             code="damaged-report",
         )
-    return read_mask(tensor) if record.mask_sha256 is not None else tensor.read() != 0
+    if record.mask_sha256 is not None:
+        return read_mask(tensor)
+    mask, pattern = tensor.read() != 0, NMPattern.parse(str(record.pattern), transposable=bool(record.transposable))
+    counts = group_counts(to_matrices(mask, LAYOUTS[LAYOUTS.index(record.layout)]), pattern)
+    if any(bool((kept > pattern.n).any()) for kept in counts.values()):
+        raise InputRefused(
+            f"{record.name} in {checkpoint.directory} is not {pattern} any more, as its report says",
+            "see tsenor verify; prune it again",
+            code="mask-mismatch",
+        )
+    return mask
 
 
 def parameters_of(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:

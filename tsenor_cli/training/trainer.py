@@ -33,6 +33,7 @@ from tsenor_cli.training.callback import KeepMasks
 
 CHECKPOINTS = 3  # of Trainer, beside the output while the third is written, so that one is whole at any time
 CHECKPOINT_BYTES = 12  # of each of them, a parameter: a weight and two moments
+_LAUNCHED = {"LOCAL_RANK", "RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE"}
 _NOT_WRITTEN = ("No space left", "PytorchStreamWriter", "unexpected pos")  # of safetensors, of torch.save
 _CHECKPOINTING = [  # the second is what transformers called it before
     name
@@ -53,7 +54,8 @@ def train(
 ) -> list[float]:
     """Train all weights of `model`, float32, to predict the next token of `windows`, and keep its masks.
 
-    Products are in bfloat16 where the device has them (autocast); weights and moments are float32.
+    Products are in bfloat16 where the device has them (autocast); weights and moments are float32. What launchers of
+    processes have set in the environment changes nothing.
 
     Args:
         model: see above; changed.
@@ -72,15 +74,15 @@ def train(
         CheckFailed: a loss is not finite.
         TsenorError: there is no memory for it, or no room for a checkpoint.
     """
-    trainer = _Trainer(
-        model,
-        _arguments(spec, device, folder),
-        train_dataset=[{"input_ids": window, "labels": window} for window in windows],
-        callbacks=[KeepMasks(masks), _Told(folder, journal, observer)],
-    )
-    trainer.remove_callback(PrinterCallback)  # it writes to stdout
     saved = _last_whole(folder, journal)
-    with no_progress_bar(), _plain_words(folder):
+    with no_progress_bar(), _plain_words(folder), _no_launcher():
+        trainer = _Trainer(
+            model,
+            _arguments(spec, device, folder),
+            train_dataset=[{"input_ids": window, "labels": window} for window in windows],
+            callbacks=[KeepMasks(masks), _Told(folder, journal, observer)],
+        )
+        trainer.remove_callback(PrinterCallback)  # it writes to stdout
         if saved is not None and saved == _checkpoint(folder, spec.steps):  # Trainer would do one more step
             trainer._load_from_checkpoint(str(saved))  # noqa: SLF001  (as it does itself)
             trainer.state = TrainerState.load_from_json(str(saved / TRAINER_STATE_NAME))
@@ -119,6 +121,18 @@ def _plain_words(folder: Path) -> Iterator[None]:
             raise
         what = f"{folder}: a checkpoint of the training could not be written ({str(error).splitlines()[0]})"
         raise TsenorError(what, "free some space, or write elsewhere with -o", code="disk-full") from error
+
+
+@contextmanager
+def _no_launcher() -> Iterator[None]:
+    """Without the variables from which accelerate takes a precision, a compiler and the number of processes."""
+    before = {name: value for name, value in os.environ.items() if name.startswith("ACCELERATE_") or name in _LAUNCHED}
+    for name in before:
+        del os.environ[name]
+    try:
+        yield
+    finally:
+        os.environ.update(before)
 
 
 def autocasts(device: torch.device) -> bool:

@@ -55,6 +55,28 @@ def test_everything_is_as_from_pretrained_makes_it(name, checkpoint_of):
             assert torch.equal(tensor, wanted[key]), key
 
 
+EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
+
+
+@pytest.mark.parametrize("stored", ["twice", "twice, and they differ", "as the head alone"])
+def test_a_tied_head_is_what_from_pretrained_makes_of_it(stored, tmp_path):
+    """config.json may be wrong: weights that are there and differ are not tied, nor is a trained head thrown away."""
+
+    def edit(tensors):
+        if EMBEDDING in tensors:
+            tensors[HEAD] = tensors[EMBEDDING] * (0.5 if "differ" in stored else 1)
+            if "alone" in stored:
+                del tensors[EMBEDDING]
+
+    source = edited(make_checkpoint("qwen3", tmp_path / "qwen3"), tmp_path / "edited", edit)
+    found, expected = skeleton_of(source).model, load_whole(source)
+    embeddings = [
+        (model.get_input_embeddings().weight, model.get_output_embeddings().weight) for model in (found, expected)
+    ]
+    assert all(torch.equal(one, other) for one, other in zip(*embeddings, strict=True))
+    assert [one is other for one, other in embeddings] == ["differ" not in stored] * 2
+
+
 def test_buffers_that_another_module_fills(tmp_path):
     """Falcon-H1: the model computes the multipliers of its layers."""
     config = transformers.FalconH1Config(

@@ -92,8 +92,8 @@ class Skeleton:
     def load_outside(self, replaced: Mapping[str, torch.Tensor] | None = None) -> None:
         """Bring everything but the decoder layers into memory, `replaced` as for load_layer."""
         outside = [tensor for tensor in self.checkpoint.tensors.values() if tensor.name not in self.layer_of]
-        self._load({tensor.name: _OnDisk(tensor) for tensor in outside} | dict(replaced or {}))
-        self.model.tie_weights()
+        missing = self._load({tensor.name: _OnDisk(tensor) for tensor in outside} | dict(replaced or {}))
+        self.model.tie_weights(missing)  # not what is stored twice and differs, whatever config.json says
 
     def load_layer(self, index: int, replaced: Mapping[str, torch.Tensor] | None = None) -> nn.Module:
         """Bring one decoder layer into memory, some of its tensors `replaced`: name on disk → tensor as on disk."""
@@ -121,8 +121,8 @@ class Skeleton:
             if module not in inside:
                 _drop(module)
 
-    def _load(self, tensors: Mapping[str, Any]) -> None:
-        """Convert tensors and put them into the model, as `from_pretrained` does with a whole checkpoint."""
+    def _load(self, tensors: Mapping[str, Any]) -> set[str]:
+        """Convert tensors and put them into the model, as `from_pretrained` does; returns what the model has beside."""
         dtype = self.model.dtype
         config = LoadStateDictConfig(
             device_map={"": self.device},
@@ -141,6 +141,7 @@ class Skeleton:
                 "the tensors do not fit config.json",
                 code="inconsistent-checkpoint",
             )
+        return set(info.missing_keys)
 
 
 def keys_in_model(model: PreTrainedModel, names: Iterable[str]) -> dict[str, str]:

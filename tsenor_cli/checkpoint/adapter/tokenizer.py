@@ -56,6 +56,35 @@ class CheckpointTokenizer:
         return found
 
 
+class CommonTokenizer:
+    """That of several checkpoints, as long as all give the same tokens: their files may differ in what does not matter.
+
+    Attributes: those of CheckpointTokenizer, of the first.
+    """
+
+    def __init__(self, directories: Sequence[Path]) -> None:
+        found = [CheckpointTokenizer(directory) for directory in directories]
+        self.eos, self.fingerprint = found[0].eos, found[0].fingerprint
+        self._different = list({tokenizer.fingerprint: tokenizer for tokenizer in found}.values())
+        if any(tokenizer.eos != self.eos for tokenizer in self._different):
+            raise _incomparable()
+
+    def encode(self, texts: Sequence[str]) -> list[list[int]]:
+        """As CheckpointTokenizer.
+
+        Raises:
+            UsageError: they differ on this text.
+        """
+        first, *others = (tokenizer.encode(texts) for tokenizer in self._different)
+        if any(other != first for other in others):
+            raise _incomparable()
+        return first
+
+
+def _incomparable() -> UsageError:
+    return UsageError("the tokenizers of these models differ: perplexities cannot be compared", "give one model")
+
+
 def window_length(checkpoint: Checkpoint, wanted: int | None) -> int:
     """Tokens of a window: what is wanted, or as many as the model can take, 2048 at most.
 
