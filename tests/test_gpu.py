@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 
+import numpy as np
 import pytest
 import torch
 from checkpoints import add_tokenizer, make_checkpoint
@@ -67,6 +68,23 @@ def test_calibrated_methods_are_as_good(method, nm, transposable, model, text, t
 def test_perplexity(model, text):
     (there,), (here,) = (evaluate([str(model)], str(text), device=device) for device in ("cuda", "cpu"))
     assert there.mean_loss == pytest.approx(here.mean_loss, rel=1e-3)
+
+
+@pytest.mark.parametrize("options", [{}, {"transposable": False}, {"solver": "entropic"}])
+def test_numpy_in_numpy_out(options):
+    scores = np.random.default_rng(0).random((32, 48), np.float32)
+    there, here = (solve_mask(scores, "4:8", device=device, **options) for device in ("cuda", "cpu"))
+    assert isinstance(there.mask, np.ndarray)
+    if options.get("solver") != "entropic":
+        assert np.array_equal(there.mask, here.mask)
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+def test_on_another_gpu_than_the_current_one():
+    scores = torch.randn(512, 512, generator=torch.Generator().manual_seed(0)).abs()
+    found = solve_mask(scores.to("cuda:1"), "8:16")
+    assert found.mask.device == torch.device("cuda:1")
+    assert torch.equal(found.mask.cpu(), solve_mask(scores, "8:16").mask)
 
 
 def test_little_memory_means_smaller_bands(monkeypatch):

@@ -4,8 +4,10 @@ import json
 import os
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
+import numba
 import pytest
 
 from tsenor_cli.kernels import compilation
@@ -50,6 +52,24 @@ def test_other_sources_have_another_directory(monkeypatch):
     before, read = compilation._fingerprint(), Path.read_bytes
     monkeypatch.setattr(Path, "read_bytes", lambda path: read(path) + (b"#" if path.name == "lanes.py" else b""))
     assert compilation._fingerprint() != before
+
+
+def test_threads_decorate_one_after_the_other():
+    """The place of the cache is a setting of all numba, and one thread must not put back what another has set."""
+    before, entered = numba.config.CACHE_DIR, []
+
+    def decorate():
+        with compilation._caching_here():
+            entered.append(numba.config.CACHE_DIR)
+
+    with compilation._caching_here():
+        other = threading.Thread(target=decorate)
+        other.start()
+        other.join(0.2)
+        assert not entered
+    other.join()
+    assert entered == [str(compilation.cache_directory())]
+    assert before == numba.config.CACHE_DIR
 
 
 @pytest.mark.slow

@@ -5,6 +5,8 @@ The kernels themselves are stood in for by the CPU's, and the GPU by the CPU.
 
 from __future__ import annotations
 
+from contextlib import contextmanager
+
 import hard_scores
 import numpy as np
 import pytest
@@ -15,6 +17,7 @@ from tsenor_cli.errors import InputRefused, TsenorError, UsageError
 from tsenor_cli.kernels import reference
 from tsenor_cli.kernels.contract import UnusableScoresError
 from tsenor_cli.masks import on_cpu, on_gpu
+from tsenor_cli.masks.request import Request
 from tsenor_cli.masks.solve import solve_mask
 from tsenor_cli.specs import NMPattern
 
@@ -77,6 +80,24 @@ def test_no_room_for_the_smallest_band(gpu):
     gpu[1][0] = 8 * 48 - 1
     with pytest.raises(TsenorError, match="too little free memory for 8 rows of 48 scores"):
         solve_mask(torch.ones(64, 48), "4:8")
+
+
+def test_kernels_run_on_the_device_of_their_scores(monkeypatch):
+    """Triton asks torch for the current one, which may be another."""
+    current = ["cuda:0"]
+
+    @contextmanager
+    def on(device):
+        current.append(str(device))
+        yield
+        current.pop()
+
+    monkeypatch.setattr(torch.cuda, "device", on)
+    monkeypatch.setattr(on_gpu, "_kernel", lambda _: None)
+    monkeypatch.setattr(on_gpu, "_solve", lambda *_: current[-1])
+    request = Request(NMPattern(2, 4), "exact", absolute=False)
+    assert on_gpu.solve_bands(torch.ones(4, 4), request, None, None, torch.device("cuda:1")) == "cuda:1"
+    assert current == ["cuda:0"]
 
 
 def test_scores_are_refused_as_on_a_cpu(gpu):

@@ -233,7 +233,10 @@ def test_numpy_in_numpy_out(dtype):
     expected = solve_mask(torch.from_numpy(scores.astype(np.float64)), "4:8", return_duals=True)
     frozen = scores.copy()
     frozen.flags.writeable = False
-    for array in (scores, frozen, np.asfortranarray(scores), scores[::-1, ::-1][::-1, ::-1]):
+    records = np.zeros(scores.size, [("other", "u1"), ("score", dtype)])
+    records["score"] = scores.ravel()  # whose strides are no multiple of their size
+    odd = records["score"].reshape(scores.shape)
+    for array in (scores, frozen, np.asfortranarray(scores), scores[::-1, ::-1][::-1, ::-1], odd):
         solution = solve_mask(array, "4:8", return_duals=True)
         assert isinstance(solution.mask, np.ndarray)
         assert isinstance(solution.duals, np.ndarray)
@@ -272,6 +275,15 @@ def test_entropic():
     assert exact.status is Status.CONVERGED
     for status in Status:
         assert status.sentence
+
+
+def test_a_certificate_of_prices_that_are_far_from_good():
+    """Nearly no annealing: the terms of one block's certificate add up to more than int64 holds."""
+    scores = torch.randint(0, 2, (64, 64), generator=torch.Generator().manual_seed(0)).float()
+    found = solve_mask(scores, "32:64", solver="entropic", tau=1e-4)
+    best = solve_mask(scores, "32:64").objective
+    assert found.objective <= best <= found.upper_bound
+    assert found.worst_block_gap == pytest.approx(found.gap)
 
 
 @pytest.mark.parametrize(
@@ -316,12 +328,26 @@ def test_worst_block_gap_is_that_of_the_worst_block():
         (torch.empty(4, 4, device="meta"), "2:4"),
         (torch.ones(4, 4).to_sparse(), "2:4"),
         (torch.ones(4, 4), (2, 4)),
+        (torch.zeros(4, 4, dtype=torch.uint8).view(torch.float4_e2m1fn_x2), "2:4"),
     ],
-    ids=["meta", "sparse", "no pattern"],
+    ids=["meta", "sparse", "no pattern", "packed"],
 )
 def test_what_is_no_problem_at_all(scores, pattern):
     with pytest.raises(UsageError):
         solve_mask(scores, pattern)
+
+
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors:UserWarning")
+def test_a_nested_tensor_is_refused():
+    with pytest.raises(UsageError, match="dense"):
+        solve_mask(torch.nested.nested_tensor([torch.ones(4, 4)], layout=torch.strided), "2:4")
+
+
+def test_a_sign_that_torch_has_only_noted():
+    weight = torch.randn(8, 8, generator=torch.Generator().manual_seed(0))
+    assert torch.equal(
+        solve_mask(torch._neg_view(weight), "2:4", absolute=True).mask, solve_mask(weight, "2:4", absolute=True).mask
+    )
 
 
 def test_a_device_of_torch():
@@ -331,6 +357,14 @@ def test_a_device_of_torch():
 def test_a_sum_beyond_float64_is_refused():
     with pytest.raises(InputRefused, match="more than float64 can hold"):
         solve_mask(torch.full((8, 8), 1e308, dtype=torch.float64), "2:4")
+
+
+@pytest.mark.parametrize("options", [{}, {"transposable": False}, {"solver": "entropic"}])
+def test_a_sum_of_chunks_beyond_float64_is_refused(options):
+    scores = np.zeros((1024, 1024))
+    scores[0, 0] = scores[-1, -1] = 1e308  # neither chunk's sum is
+    with pytest.raises(InputRefused, match="more than float64 can hold"):
+        solve_mask(scores, "2:4", **options)
 
 
 def test_a_sum_of_bands_beyond_float64_is_refused(monkeypatch):

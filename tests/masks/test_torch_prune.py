@@ -79,6 +79,25 @@ def test_a_mistake_leaves_the_module_as_it_was(linear, pattern, value, error):
     assert not prune.is_pruned(linear)
 
 
+@pytest.mark.parametrize("earlier", [1, 2])
+def test_a_mistake_leaves_what_was_pruned_before(linear, earlier):
+    for _ in range(earlier):
+        prune.l1_unstructured(linear, "weight", 0.3)
+    (before,) = linear._forward_pre_hooks.values()
+    methods = list(before) if earlier == 2 else [before]
+    mask = linear.weight_mask.clone()
+    with pytest.raises(UsageError):
+        TransposableNM.apply(linear, "weight", "5:7")
+    (after,) = linear._forward_pre_hooks.values()
+    assert after is before
+    assert (list(after) if earlier == 2 else [after]) == methods
+    for _ in range(2):  # a second one needs the hook: the weight is computed anew for it
+        linear(torch.randn(4, 48)).sum().backward()
+    assert torch.equal(linear.weight_mask, mask)
+    prune.remove(linear, "weight")
+    assert torch.equal(linear.weight != 0, mask.bool())
+
+
 def test_a_bias_is_refused_and_stays():
     layer = torch.nn.Linear(4, 4)
     with pytest.raises(UsageError, match="no rows and columns"):

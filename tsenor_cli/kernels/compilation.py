@@ -17,6 +17,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
+from threading import RLock
 from typing import Any
 
 import llvmlite  # type: ignore[import-untyped]
@@ -71,6 +72,7 @@ def compiling() -> Iterator[None]:
         yield
 
 
+_decorating = RLock()
 _alive: list[object] = []  # an address is good only as long as its owner
 
 
@@ -101,11 +103,15 @@ def _fingerprint() -> str:
 
 @contextmanager
 def _caching_here() -> Iterator[None]:
-    """Point numba to our directory for as long as it takes to decorate one function; it reads the setting then."""
+    """Point numba to our directory for as long as it takes to decorate one function; it reads the setting then.
+
+    The setting is that of all threads, and several may import kernels at once.
+    """
     config: Untyped = numba.config
-    before = config.CACHE_DIR
-    config.CACHE_DIR = str(cache_directory())
-    try:
-        yield
-    finally:
-        config.CACHE_DIR = before
+    with _decorating:
+        before = config.CACHE_DIR
+        config.CACHE_DIR = str(cache_directory())
+        try:
+            yield
+        finally:
+            config.CACHE_DIR = before

@@ -13,7 +13,8 @@ blocks counted row by row of tiles.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple, TypeAlias
 
 import numpy as np
@@ -42,6 +43,14 @@ class Tally(NamedTuple):
     repaired: int  # blocks that needed augmenting paths
     iterations: int = 0  # the most that any block took
     unconverged: int = 0  # blocks that were stopped at the largest number of iterations
+
+
+def exact_sum(values: Iterable[float]) -> float:
+    """Rounded once; infinite where it is more than float64 can hold, for which fsum raises."""
+    try:
+        return math.fsum(values)
+    except OverflowError:
+        return math.inf
 
 
 Kernel: TypeAlias = Callable[[Scores, int, int, Mask], Tally]

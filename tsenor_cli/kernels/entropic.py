@@ -6,7 +6,6 @@ the duals that the iteration ends with.
 
 from __future__ import annotations
 
-import math
 from functools import cache
 from typing import Any, NamedTuple
 
@@ -14,7 +13,7 @@ import numpy as np
 import numpy.typing as npt
 
 from tsenor_cli.kernels.compilation import compiled, compiling
-from tsenor_cli.kernels.contract import Mask, Scores, Tally, Untyped, UnusableScoresError
+from tsenor_cli.kernels.contract import Mask, Scores, Tally, Untyped, UnusableScoresError, exact_sum
 from tsenor_cli.kernels.dykstra import ITERATIONS, T, Transport, dykstra, transport, transport_pointers
 from tsenor_cli.kernels.groups import find_places, gather, quantise, scatter
 from tsenor_cli.kernels.lanes import (
@@ -79,8 +78,8 @@ def solve_entropic(
 
     over_chunks(chunk, groups, size, (("entropic", scores.dtype, n, m), lambda: _scratch(scores.dtype, n, m)))
     return Tally(
-        objective=math.fsum(statistics[:, OBJECTIVE]),
-        excess=math.fsum(statistics[:, EXCESS]),
+        objective=exact_sum(statistics[:, OBJECTIVE]),
+        excess=exact_sum(statistics[:, EXCESS]),
         worst_gap=float(statistics[:, WORST_GAP].max(initial=0.0)),
         repaired=0,
         iterations=int(statistics[:, MOST].max(initial=0.0)),

@@ -7,7 +7,6 @@ starts. Derivations: docs/mathematics.md.
 
 from __future__ import annotations
 
-import math
 from functools import cache
 from typing import Any, NamedTuple
 
@@ -16,7 +15,17 @@ import numpy.typing as npt
 
 from tsenor_cli.kernels.coarse import Coarse, coarse, coarse_pointers, coarsen, refine
 from tsenor_cli.kernels.compilation import compiled, compiling
-from tsenor_cli.kernels.contract import CERTIFY, DualArray, Mask, Pointer, Scores, Tally, Untyped, UnusableScoresError
+from tsenor_cli.kernels.contract import (
+    CERTIFY,
+    DualArray,
+    Mask,
+    Pointer,
+    Scores,
+    Tally,
+    Untyped,
+    UnusableScoresError,
+    exact_sum,
+)
 from tsenor_cli.kernels.groups import DOWN, Q_BITS, UP, find_places, gather, keep, quantise, scatter
 from tsenor_cli.kernels.lanes import CACHE_LINE, LANES, first_bit, lanes, load, offset, pointer, spread, store, sum_of
 from tsenor_cli.kernels.mend import mend, weigh_block
@@ -92,8 +101,8 @@ def solve_transposable(
 
     over_chunks(chunk, groups, size, (("exact", scores.dtype, n, m), lambda: scratch_for(scores.dtype, ties)))
     return Tally(
-        objective=math.fsum(statistics[:, OBJECTIVE]),
-        excess=math.fsum(statistics[:, EXCESS]),
+        objective=exact_sum(statistics[:, OBJECTIVE]),
+        excess=exact_sum(statistics[:, EXCESS]),
         worst_gap=float(statistics[:, WORST_GAP].max(initial=0.0)),
         repaired=int(statistics[:, REPAIRED].sum()),
         iterations=passes.first + passes.coarse + passes.last if blocks else 0,

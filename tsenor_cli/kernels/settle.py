@@ -289,7 +289,7 @@ def weigh(
 
     It (docs/mathematics.md, eq. 4) is of the scores without their tie terms: a sum of terms ≥ 0, and 0 if optimal.
     """
-    total, over, nothing = spread(0.0), spread(0), spread(np.uint8(0))
+    total, over, nothing = spread(0.0), spread(0.0), spread(np.uint8(0))
     for i in range(m):
         for j in range(m):
             k = i * m + j
@@ -297,8 +297,9 @@ def weigh(
             score = as_float64(as_float(from_bits(as_bits(load(raw, k), absolute), load(raw, k))))
             total = total + where(without, spread(0.0), score)
             reduced = load(w, k) - spread(ties[k]) - load(u, i) - load(v, j)
-            over = over + larger(where(without, reduced, spread(0) - reduced), spread(0))
-    excess = as_float64(over) * spread(2.0**-SCORE_BITS) * load(factors, DOWN) * load(factors, DOWN + 1)
+            # In float64: where prices are far from good, m² of these terms are more than int64 holds.
+            over = over + as_float64(larger(where(without, reduced, spread(0) - reduced), spread(0)))
+    excess = over * spread(2.0**-SCORE_BITS) * load(factors, DOWN) * load(factors, DOWN + 1)
     store(sums, 0, total)
     store(sums, 1, excess)
     return bool(bits(excess > spread(NOTICEABLE) * total) != 0)

@@ -7,7 +7,6 @@ which order like the numbers, as none is negative.
 
 from __future__ import annotations
 
-import math
 from functools import cache
 from typing import Any, NamedTuple
 
@@ -15,7 +14,7 @@ import numpy as np
 import numpy.typing as npt
 
 from tsenor_cli.kernels.compilation import compiled, compiling
-from tsenor_cli.kernels.contract import Mask, Pointer, Scores, Tally, Untyped, UnusableScoresError
+from tsenor_cli.kernels.contract import Mask, Pointer, Scores, Tally, Untyped, UnusableScoresError, exact_sum
 from tsenor_cli.kernels.groups import gather_line, scatter_line
 from tsenor_cli.kernels.lanes import (
     LANES,
@@ -62,7 +61,7 @@ def solve_standard(scores: Scores, n: int, m: int, mask: Mask, *, absolute: bool
             raise UnusableScoresError
 
     over_chunks(chunk, batches, size, (("standard", scores.dtype, m), lambda: _scratch(scores.dtype, m)))
-    return Tally(objective=math.fsum(objective), excess=0.0, worst_gap=0.0, repaired=0)
+    return Tally(objective=exact_sum(objective), excess=0.0, worst_gap=0.0, repaired=0)
 
 
 def _scratch(dtype: np.dtype[Any], m: int) -> _Scratch:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from functools import partial
 from importlib.metadata import version
 from traceback import walk_tb
@@ -43,15 +43,17 @@ def solve_bands(
         KernelFailed: a kernel does not compile on this GPU.
         TsenorError: its memory is too small for the smallest band.
     """
-    try:
-        return _solve(scores, _kernel(request), request, warm, duals, device)
-    except KernelFailed:
-        if not request.fallback:
-            raise
-    pattern = request.pattern
-    if duals is not None:
-        raise UsageError("plain torch gives no duals", "leave out return_duals, or fallback")
-    return _solve(scores, partial(_plain_kernel, pattern), request, None, None, device)._replace(solver=NAME)
+    # Triton launches on the current device, whatever device its tensors are on.
+    with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
+        try:
+            return _solve(scores, _kernel(request), request, warm, duals, device)
+        except KernelFailed:
+            if not request.fallback:
+                raise
+        if duals is not None:
+            raise UsageError("plain torch gives no duals", "leave out return_duals, or fallback")
+        kernel = partial(_plain_kernel, request.pattern)
+        return _solve(scores, kernel, request, None, None, device)._replace(solver=NAME)
 
 
 def _plain_kernel(

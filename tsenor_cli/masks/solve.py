@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any, cast
 
@@ -13,12 +13,14 @@ import torch
 
 from tsenor_cli.device import CPU, find_device
 from tsenor_cli.errors import InputRefused, TsenorError, UsageError
-from tsenor_cli.kernels.contract import Tally, UnusableScoresError
+from tsenor_cli.kernels.contract import Tally, UnusableScoresError, exact_sum
 from tsenor_cli.masks import on_cpu, on_gpu
 from tsenor_cli.masks.invariants import violation
 from tsenor_cli.masks.request import Request, Solved
 from tsenor_cli.masks.solution import Array, MaskSolution, Status
 from tsenor_cli.specs import NMPattern
+
+_PACKED = {getattr(torch, "float4_e2m1fn_x2", None)}  # several numbers in one entry
 
 
 class InfeasibleMaskError(AssertionError):
@@ -49,7 +51,7 @@ def solve_mask(
 
     Args:
         scores: torch tensor or NumPy array [.., out, in], any floating type, strides and device; finite, and ≥ 0 unless
-            `absolute`. A score counts to 2^-55 of the largest one in its tile.
+            `absolute`. Scores of a tile are told apart down to 2^-31 of the largest (docs/decisions/0003).
         pattern: an NMPattern, or text such as "2:4".
         transposable: how to read a text; an NMPattern says it itself.
         solver: "exact" is optimal (docs/mathematics.md); "entropic" is the pipeline of the TSENOR paper, which is not.
@@ -113,8 +115,8 @@ def checked(
     """
     if (problem := violation(mask, pattern, right)) is not None:
         raise InfeasibleMaskError(f"{pattern} {pattern.kind} mask of shape {tuple(mask.shape)}: {problem}")
-    objective = _sum(tally.objective for tally in tallies)
-    upper_bound = objective + _sum(tally.excess for tally in tallies)
+    objective = exact_sum(tally.objective for tally in tallies)
+    upper_bound = objective + exact_sum(tally.excess for tally in tallies)
     if not math.isfinite(upper_bound):
         raise InputRefused("the scores add up to more than float64 can hold", "divide them", code="nonfinite-weights")
     stopped = any(tally.unconverged for tally in tallies)
@@ -134,14 +136,6 @@ def checked(
 
 def _blocks(scores: torch.Tensor, pattern: NMPattern) -> int:
     return scores.numel() // (pattern.m * (pattern.m if pattern.transposable else 1))
-
-
-def _sum(values: Iterable[float]) -> float:
-    """Infinite where it is more than float64 can hold: fsum would raise."""
-    try:
-        return math.fsum(values)
-    except OverflowError:
-        return math.inf
 
 
 def _solve(
@@ -167,12 +161,12 @@ def _solve(
 def _tensor(scores: Array) -> torch.Tensor:
     """NumPy's strides, byte order and write protection may all be ones that torch does not take."""
     if isinstance(scores, torch.Tensor):
-        if scores.is_meta or scores.layout != torch.strided:
+        if scores.is_meta or scores.is_nested or scores.layout != torch.strided:
             raise UsageError(f"scores are {scores.layout} on {scores.device}", "give a dense tensor with its values")
-        return scores
+        return scores.resolve_neg()
     native = np.asarray(scores)
     native = native.astype(native.dtype.newbyteorder("="), copy=False)
-    if min(native.strides, default=0) < 0 or not native.flags.writeable:
+    if any(stride < 0 or stride % native.itemsize for stride in native.strides) or not native.flags.writeable:
         native = native.copy()
     try:
         return torch.from_numpy(native)
@@ -184,7 +178,7 @@ def _like(result: torch.Tensor, scores: Array) -> Array:
     """In the library of the scores, and on their device."""
     if isinstance(scores, torch.Tensor):
         return result.to(scores.device)
-    return cast("Array", result.numpy())
+    return cast("Array", result.cpu().numpy())
 
 
 def _warm(given: MaskSolution[Any] | Array, shape: tuple[int, int, int], place: torch.device) -> torch.Tensor:
@@ -206,7 +200,7 @@ def _all_finite(duals: torch.Tensor) -> bool:
 
 
 def _check_shape(scores: torch.Tensor, pattern: NMPattern) -> None:
-    if not scores.is_floating_point() or scores.ndim < 2:
+    if not scores.is_floating_point() or scores.dtype in _PACKED or scores.ndim < 2:
         raise UsageError(f"scores are {scores.dtype} of shape {tuple(scores.shape)}", "give a floating [.., out, in]")
     if not pattern.divides(*scores.shape[-2:]):
         out_features, in_features = scores.shape[-2:]

@@ -58,7 +58,16 @@ class TransposableNM(prune.BasePruningMethod):
             UsageError: see solve_mask; the module is then as it was.
             InputRefused: see solve_mask.
         """
-        method: prune.BasePruningMethod = super().apply(  # type: ignore[no-untyped-call]
-            module, name, pattern, importance_scores=importance_scores, **options
-        )
+        hooks = module._forward_pre_hooks.copy()  # noqa: SLF001  (where torch keeps what was pruned before)
+        earlier = {hook: hook._pruning_methods for hook in hooks.values() if isinstance(hook, prune.PruningContainer)}  # noqa: SLF001
+        try:
+            method: prune.BasePruningMethod = super().apply(  # type: ignore[no-untyped-call]
+                module, name, pattern, importance_scores=importance_scores, **options
+            )
+        except Exception:  # torch has let go of them before it asked for a mask
+            module._forward_pre_hooks.clear()  # noqa: SLF001
+            module._forward_pre_hooks.update(hooks)  # noqa: SLF001
+            for container, methods in earlier.items():
+                container._pruning_methods = methods  # noqa: SLF001
+            raise
         return method
