@@ -73,6 +73,8 @@ def test_the_first_rule_that_fits_decides(tmp_path):
         ("", "is not a recipe"),
         ("nm: [", "is not YAML"),
         ("nm: &a [*a]\n", "is not YAML"),
+        ("nm: 2:4\nnm: 1:4\n", "is not YAML .a key stands twice"),
+        ("rules: [{match: a, nm: 2:4, match: b}]\n", "is not YAML .a key stands twice"),
         ("nm: 2:4\nmethods: wanda\n", "unknown field 'methods'"),
         ("nm: 5:4\n", "not possible"),
         ("nm: two\n", "not of the form"),

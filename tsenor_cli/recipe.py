@@ -59,11 +59,18 @@ def load_recipe(path: Path, nm: str | None = None, kind: str | None = None, meth
 def _read(path: Path) -> dict[str, Any]:
     import yaml
 
+    class Loader(yaml.BaseLoader):  # type: ignore[misc]  # it has no types
+        def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+            found: dict[Any, Any] = super().construct_mapping(node, deep)
+            if len(found) < len(node.value):  # yaml would keep the last of several
+                raise yaml.constructor.ConstructorError(None, None, "a key stands twice", node.start_mark)
+            return found
+
     try:
         if path.stat().st_size > MAX_BYTES:
             raise _BadRecipe(f"{path} is larger than {MAX_BYTES:,} bytes", "no recipe needs that")
         # Every scalar stays text: YAML would read an unquoted 2:4 as the number 124, to the base of 60.
-        content = yaml.load(path.read_text(encoding="utf-8"), Loader=yaml.BaseLoader)  # noqa: S506  (builds text only)
+        content = yaml.load(path.read_text(encoding="utf-8"), Loader=Loader)  # noqa: S506  (builds text only)
     except OSError as error:
         raise _BadRecipe(f"{path}: {error.strerror}", "give --recipe a YAML file that can be read") from error
     except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:

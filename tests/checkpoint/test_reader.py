@@ -307,8 +307,20 @@ def test_what_is_no_regular_file_is_refused_and_not_waited_for(llama, file, kind
         _ = open_checkpoint(llama).other_files
 
 
+@pytest.mark.parametrize(("target", "why"), [("templates", "a link to a directory"), ("/etc", "links out of")])
+def test_a_linked_directory_is_refused_and_not_left_out(llama, target, why):
+    (llama / "templates").mkdir()
+    (llama / "linked").symlink_to(target)
+    with pytest.raises(InputRefused, match=why) as caught:
+        _ = open_checkpoint(llama).other_files
+    assert caught.value.code == "unsafe-file"
+
+
 def test_links_in_a_circle(llama):
     (llama / "circle").symlink_to(llama)
+    with pytest.raises(InputRefused, match="circle is a link to a directory"):
+        _ = open_checkpoint(llama).other_files
+    (llama / "circle").unlink()
     (llama / "loop").symlink_to("loop")
     with pytest.raises(InputRefused, match="loop"):
         _ = open_checkpoint(llama).other_files

@@ -251,6 +251,11 @@ def test_other_errors_are_bugs(place):
         raise RuntimeError("shapes do not match")
 
 
+def test_a_file_that_may_not_grow(place):
+    with pytest.raises(TsenorError, match="No luck: raise ulimit -f"), staged(place / "out"):
+        raise OSError(errno.EFBIG, "No luck")
+
+
 def test_outputs_that_collide_with_the_input_are_refused(llama, tmp_path):
     (tmp_path / "link").symlink_to(llama)
     for output in (llama, llama / "inside", tmp_path, tmp_path / "link", llama / ".." / "llama"):
@@ -286,7 +291,7 @@ def test_a_mount_point_is_refused(llama):
 
 
 def test_too_little_space_is_noticed_before_the_start(place):
-    with pytest.raises(TsenorError, match="GB free"):
+    with pytest.raises(TsenorError, match="bytes free"):
         check_space(place / "a" / "b", 2**60)
 
 
@@ -296,7 +301,7 @@ def test_what_an_interrupted_run_has_written_needs_no_space_again(place, monkeyp
     (place / "out.tsenor-partial").mkdir()
     (place / "out.tsenor-partial" / "a").write_bytes(b"x" * 10_000)
     check_space(place / "out", 8000)
-    with pytest.raises(TsenorError, match="GB free"):
+    with pytest.raises(TsenorError, match="bytes free"):
         check_space(place / "out", 80_000)
 
 

@@ -18,6 +18,7 @@ from checkpoints import INDEX, read_shards
 from safetensors.torch import save_file
 
 from tsenor_cli import job
+from tsenor_cli.cli.signals import Stopped, signals_raise
 from tsenor_cli.streaming import Streaming
 
 TSENOR = [sys.executable, "-m", "tsenor_cli"]
@@ -378,6 +379,21 @@ DEAF = (  # as in the factorisation of a large Gram matrix; the second time, whe
 )
 
 
+def test_a_signal_that_a_library_makes_an_error_of():
+    """As pybind11 does while a module is imported."""
+    error = ImportError("initialization failed")
+    error.add_note("go on")
+    with pytest.raises(Stopped) as caught, signals_raise(lambda _: None):
+        try:
+            os.kill(os.getpid(), signal.SIGTERM)
+        except Stopped as stopped:
+            raise error from stopped
+    assert caught.value.exit_code == 143
+    assert caught.value.__notes__ == ["go on"]
+    with pytest.raises(ImportError), signals_raise(lambda _: None):
+        raise error
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("signals", [1, 2])
 def test_a_computation_that_does_not_listen_is_left_alone(llama, tmp_path, signals):
@@ -509,7 +525,7 @@ def test_files_beside_the_weights_need_space_too(tsenor, llama, tmp_path, monkey
     weights = sum(path.stat().st_size for path in llama.glob("*.safetensors"))
     free = shutil.disk_usage(tmp_path)._replace(free=weights + 4_000_000)
     monkeypatch.setattr(shutil, "disk_usage", lambda _: free)
-    fails(tsenor("prune", llama, "--nm", "2:4", "-o", tmp_path / "out"), 1, "GB free", "[disk-full]")
+    fails(tsenor("prune", llama, "--nm", "2:4", "-o", tmp_path / "out"), 1, "bytes free", "[disk-full]")
 
 
 @pytest.mark.parametrize(

@@ -114,7 +114,7 @@ def test_conditions(tsenor):
     outcome = tsenor("report", "a", "c", "--json", "--fail-if", "perplexity_ratio>1.05")
     assert outcome.code == 4
     assert json.loads(outcome.out)
-    assert "has no perplexity_ratio" in outcome.err
+    assert outcome.err.startswith("tsenor: error: a: the report has no perplexity_ratio")
     outcome = tsenor("report", "c", "--json", "--fail-if", "perplexity_ratio>1.05")
     assert outcome.code == 4
     assert outcome.err == "tsenor: error: c: perplexity_ratio is 1.125, failing on perplexity_ratio>1.05 [fail-if]\n"

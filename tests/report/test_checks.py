@@ -32,7 +32,7 @@ REPORT = large_report()
 )
 def test_conditions(text, holds):
     condition = Condition.parse(text)
-    assert condition.holds(REPORT) is holds
+    assert condition.holds(REPORT, "a run") is holds
     if holds:
         with pytest.raises(CheckFailed, match=condition.metric) as failure:
             fail_if([condition], REPORT, "out")

@@ -71,4 +71,7 @@ def test_what_cannot_be_compared_is_said():
         remarks([*same, Run("c", replace(REPORT, model={**REPORT.model, "source": "x"}))])
     )
     assert "different devices" in " ".join(remarks([*same, Run("c", replace(REPORT, threads=1))]))
+    trained = replace(REPORT, training={"losses": []})
+    assert "Some runs are fine-tuned" in " ".join(remarks([*same, Run("c", trained)]))
+    assert remarks([Run("a", trained), Run("b", trained)]) == []
     assert "different tokens" in as_markdown([*same, Run("c", other)])

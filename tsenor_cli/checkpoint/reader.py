@@ -91,11 +91,13 @@ class Checkpoint:
         found = []
         for path in sorted(self.directory.rglob("*")):
             relative = path.relative_to(self.directory)
-            if relative.parts[0] in NEVER_COPIED or str(relative) in shards or path.is_dir():
+            linked = path.is_symlink() and path.is_dir()  # whose files have not been found
+            if relative.parts[0] in NEVER_COPIED or str(relative) in shards or (path.is_dir() and not linked):
                 continue
             check_contained(path, self.directory)
-            if not path.is_file():
-                raise InputRefused(f"{path} is not a regular file", "remove it from the checkpoint", code="unsafe-file")
+            if linked or not path.is_file():
+                what = "a link to a directory" if linked else "not a regular file"
+                raise InputRefused(f"{path} is {what}", "remove it from the checkpoint", code="unsafe-file")
             found.append(relative)
         return tuple(found)
 

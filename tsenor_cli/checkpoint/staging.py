@@ -80,9 +80,9 @@ def check_space(output: Path, output_bytes: int, input_bytes: int = 0) -> None:
     there = sum(_bytes_on_disk(path) for path in _partial(output).rglob("*") if path.is_file())
     if free < output_bytes + input_bytes - there:
         needed = max(output_bytes - there, 0)
-        beside = f", and {input_bytes / 1e9:.2f} GB two shards of the input at a time" if input_bytes else ""
+        beside = f", and {input_bytes:,} two shards of the input at a time" if input_bytes else ""
         raise TsenorError(
-            f"{place} has {free / 1e9:.2f} GB free and the output needs {needed / 1e9:.2f} GB{beside}",
+            f"{place} has {free:,} bytes free and the output needs {needed:,}{beside}",
             "free some space, or write elsewhere with -o",
             code="disk-full",
         )
@@ -290,6 +290,8 @@ def _plain_failures(output: Path) -> Iterator[None]:
     except OSError as error:
         what = f"{error.filename or output}: {error.strerror or error}"
         remedy, full = "mend this, or write elsewhere with -o", error.errno in DISK_FULL
+        if error.errno == errno.EFBIG:
+            remedy = "raise ulimit -f, or write to a file system that takes larger files"
         raise _with_notes(TsenorError(what, remedy, code="disk-full" if full else None), error) from error
     except (MemoryError, RuntimeError) as error:
         if not is_out_of_memory(error):

@@ -37,10 +37,24 @@ def signals_raise(say: Callable[[Stopped], object]) -> Iterator[None]:
     Args:
         say: called with what happened before the process is ended.
     """
-    before = {number: signal.signal(number, _raise) for number in _CODES}
+    raised: list[Stopped] = []
+
+    def stop(number: int, _frame: FrameType | None) -> NoReturn:
+        for caught in _CODES:  # the next one is for the watcher alone
+            signal.signal(caught, lambda *_: None)
+        raised.append(Stopped(number))
+        raise raised[0]
+
+    before = {number: signal.signal(number, stop) for number in _CODES}
     try:
         with _watcher(say):
             yield
+    except Exception as error:
+        for stopped in raised:  # and a library has made an error of its own of it, as pybind11 does in an import
+            for note in getattr(error, "__notes__", ()):
+                stopped.add_note(note)
+            raise stopped from error
+        raise
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
@@ -64,12 +78,6 @@ def _watcher(say: Callable[[Stopped], object]) -> Iterator[None]:
         watcher.join()
         os.close(woken)
         os.close(watched)
-
-
-def _raise(number: int, _frame: FrameType | None) -> NoReturn:
-    for caught in _CODES:  # the next one is for the watcher alone
-        signal.signal(caught, lambda *_: None)
-    raise Stopped(number)
 
 
 def _watch(pipe: int, say: Callable[[Stopped], object]) -> None:

@@ -83,12 +83,12 @@ class Condition:
         """Whether the number is there only if a method has seen what its weights do to their inputs."""
         return self.metric == "error"
 
-    def holds(self, report: Report) -> bool:
-        """Whether it is so; raises CheckFailed if the report does not have the number."""
+    def holds(self, report: Report, where: str) -> bool:
+        """Whether it is so; raises CheckFailed if the report, that of `where`, does not have the number."""
         value = METRICS[self.metric](report)
         if value is None:
             raise CheckFailed(
-                f"the report has no {self.metric} to hold against {self}",
+                f"{where}: the report has no {self.metric} to hold against {self}",
                 "prune with --eval TEXT" if self.needs_text else "prune with --method sparsegpt or alps",
                 code="fail-if",
             )
@@ -101,6 +101,6 @@ class Condition:
 def fail_if(conditions: Iterable[Condition], report: Report, where: str) -> None:
     """Raise CheckFailed for the first condition that holds."""
     for condition in conditions:
-        if condition.holds(report):
+        if condition.holds(report, where):
             value = METRICS[condition.metric](report)
             raise CheckFailed(f"{where}: {condition.metric} is {value:.6g}, failing on {condition}", code="fail-if")

@@ -117,6 +117,8 @@ def remarks(runs: Sequence[Run]) -> list[str]:
     found = []
     if len({run.report.model["source"] for run in runs}) > 1:
         found.append("The runs pruned different models.")
+    if len({run.report.training is None for run in runs}) > 1:
+        found.append("Some runs are fine-tuned: before is the pruned model there, and the time is that of training.")
     texts = {
         (text["tokens_sha256"], text["dtype"])
         for run in runs
