@@ -23,7 +23,8 @@ import tsenor_cli.calibration.perplexity
 import tsenor_cli.layerwise
 import tsenor_cli.report.page  # noqa: F401  (forked processes need not load them again)
 from tsenor_cli.distributed import Team, join_team
-from tsenor_cli.errors import SaidElsewhereError
+from tsenor_cli.errors import SaidElsewhereError, UsageError
+from tsenor_cli.job import prepare
 from tsenor_cli.observer import Observer
 from tsenor_cli.pipeline import prune
 from tsenor_cli.specs import CalibrationSpec, NMPattern, PruneSpec
@@ -261,3 +262,9 @@ def test_two_machines(models, tmp_path):
 
 def ip(*arguments):
     subprocess.run(["ip", *arguments], check=True)
+
+
+def test_a_numbered_gpu_is_not_shared(llama, tmp_path):
+    spec = PruneSpec(str(llama), tmp_path / "out", NMPattern(2, 4), device="cuda:0")
+    with pytest.raises(UsageError, match="one GPU for 2 processes: give cuda"):
+        prepare(spec, 2)

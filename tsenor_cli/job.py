@@ -63,6 +63,10 @@ def prepare(spec: PruneSpec, processes: int) -> Job | Report:
         raise UsageError(
             "--no-cache-input is for one process", "make parts with --shard instead of torchrun", code="cannot-stream"
         )
+    if spec.device.startswith("cuda:") and processes > 1:
+        raise UsageError(
+            f"--device {spec.device} is one GPU for {processes} processes", "give cuda: each of them takes its own"
+        )
     device = find_device(spec.device)
     solvers_of(spec)
     checkpoint = open_input(spec)

@@ -274,7 +274,7 @@ def test_a_weight_that_would_not_come_back_is_refused(sparse, text, tmp_path, mo
 
 def test_what_launchers_set_changes_no_bit(sparse, text, tmp_path, monkeypatch):
     finetune(spec(sparse("llama"), tmp_path / "out", text, steps=2))
-    launched = {"ACCELERATE_MIXED_PRECISION": "bf16", "LOCAL_RANK": "0", "WORLD_SIZE": "one"}
+    launched = {"ACCELERATE_MIXED_PRECISION": "bf16", "LOCAL_RANK": "0", "WORLD_SIZE": "one", "PMI_SIZE": "2"}
     for name, value in launched.items():
         monkeypatch.setenv(name, value)
     finetune(spec(sparse("llama"), tmp_path / "launched", text, steps=2))
@@ -283,7 +283,20 @@ def test_what_launchers_set_changes_no_bit(sparse, text, tmp_path, monkeypatch):
     assert launched.items() <= os.environ.items()
 
 
-def test_a_pattern_that_is_lost_already_is_refused_before_the_work(sparse, text, tmp_path):
+def test_it_trains_on_the_gpu_that_was_asked_for(text, tmp_path, monkeypatch):
+    """Trainer would take the first one."""
+    current = []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "set_device", current.append)
+    monkeypatch.setattr("tsenor_cli.training.trainer.autocasts", lambda _: False)
+    asked = torch.device("cuda:1")
+    arguments = tsenor_cli.training.trainer._arguments(spec("model", tmp_path, text), asked, tmp_path)
+    assert (arguments.device, arguments.n_gpu, current[-1]) == (asked, 1, asked)
+
+
+def test_a_pattern_that_is_lost_already_is_refused_before_the_work(sparse, text, tmp_path, monkeypatch):
+    monkeypatch.setattr("tsenor_cli.training.finetune._perplexity", lambda *_: pytest.fail("it has begun"))
     source = shutil.copytree(sparse("llama"), tmp_path / "dense-again")
     shards = {file: {name: tensor + 1 for name, tensor in shard.items()} for file, shard in read_shards(source).items()}
     write_checkpoint(source, shards, json.loads((source / "config.json").read_text()))

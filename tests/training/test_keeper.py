@@ -134,6 +134,15 @@ def test_what_is_let_go_can_still_be_looked_at():
     assert not net.first.weight._post_accumulate_grad_hooks
 
 
+def test_frozen_integers():
+    """As 8-bit weights are; they never have gradients."""
+    net, masks = masked()
+    net.first.weight = nn.Parameter(torch.ones_like(net.first.weight, dtype=torch.int8), requires_grad=False)
+    with keep_masks(net, masks) as keeper:
+        keeper.check()
+    assert torch.equal(net.first.weight != 0, masks["first.weight"])
+
+
 def test_frozen_weights_that_thaw():
     net, masks = masked()
     net.requires_grad_(False)

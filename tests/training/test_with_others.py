@@ -14,6 +14,7 @@ from checkpoints import make_checkpoint
 from nets import OPTIMIZERS, PATTERN, STEPS
 from torch import nn
 
+from tsenor_cli import solve_mask
 from tsenor_cli.errors import InputRefused, UsageError
 from tsenor_cli.pipeline import prune, verify
 from tsenor_cli.specs import PruneSpec
@@ -213,6 +214,48 @@ def test_adapters_of_tied_weights_are_refused(target, tied):
     model = get_peft_model(load(tied), LoraConfig(r=4, target_modules=["q_proj", target]))
     with pytest.raises(InputRefused, match="is tied to another weight"):
         merge_lora(model, tied)
+
+
+@torch.no_grad()
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")
+@pytest.mark.filterwarnings("ignore:Model has `tie_word_embeddings=True`:UserWarning")
+def test_what_else_is_tied_stays_so(tmp_path):
+    """BART ties its head and both embeddings, with one word in config.json for all of it."""
+    import transformers
+    from peft import LoraConfig, get_peft_model
+
+    config = transformers.BartConfig(
+        vocab_size=96, d_model=16, encoder_layers=1, decoder_layers=1, encoder_attention_heads=2,
+        decoder_attention_heads=2, encoder_ffn_dim=32, decoder_ffn_dim=32, max_position_embeddings=32,
+    )  # fmt: skip
+    net = transformers.BartForConditionalGeneration(config)
+    name = "model.encoder.layers.0.fc1.weight"
+    masks = {name: solve_mask(net.get_parameter(name), PATTERN, absolute=True).mask}
+    model = get_peft_model(net, LoraConfig(r=2, target_modules=["fc1"], modules_to_save=["lm_head"]))
+    model.get_output_embeddings().modules_to_save["default"].weight.mul_(2)
+    plain, _ = merge_lora(model, masks)
+    plain.save_pretrained(tmp_path)
+    again = transformers.BartForConditionalGeneration.from_pretrained(tmp_path)
+    for key, tensor in plain.state_dict().items():
+        assert torch.equal(again.state_dict()[key], tensor), key
+
+
+@torch.no_grad()
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")
+@pytest.mark.filterwarnings("ignore:Model has `tie_word_embeddings=True`:UserWarning")
+def test_rows_of_a_tied_embedding_that_were_trained(tied):
+    """What peft trains of both it ties, so a merge changes both."""
+    from peft import LoraConfig, get_peft_model
+
+    config = LoraConfig(r=4, target_modules=["q_proj"], trainable_token_indices={"embed_tokens": [3, 5]})
+    model = get_peft_model(load(tied, dtype=torch.float32), config)
+    for parameter_name, parameter in model.named_parameters():
+        if "trainable_tokens_delta" in parameter_name:
+            parameter.mul_(2)
+    trained = model(input_ids=rows()).logits
+    plain, _ = merge_lora(model, tied)
+    torch.testing.assert_close(plain(input_ids=rows()).logits, trained, rtol=1e-4, atol=1e-5)
+    assert plain.lm_head.weight is plain.model.embed_tokens.weight
 
 
 @pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")

@@ -115,7 +115,7 @@ class _Kept:
 
     def watch(self) -> None:
         """Mask its gradients from now on, also those of a time when it is no longer frozen."""
-        if self._hook is None:
+        if self._hook is None and self.parameter.is_floating_point():  # others have no gradients
             trained = self.parameter.requires_grad
             self.parameter.requires_grad_(True)  # else torch takes no hook; it keeps one that it has
             self._hook = self.parameter.register_post_accumulate_grad_hook(self._accumulated)  # type: ignore[no-untyped-call]

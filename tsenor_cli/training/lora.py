@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 from peft.tuners.lora import Linear
+from peft.tuners.trainable_tokens.layer import TrainableTokensLayer
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 from torch.nn.functional import linear
@@ -134,9 +135,10 @@ def merge_lora(
 
 def _refuse_tied(model: nn.Module) -> None:
     uses = Counter(map(id, (weight for _, weight in model.named_parameters(remove_duplicate=False))))
-    for _, weights in _adapted(model):
+    for layer, weights in _adapted(model):
         for name, weight in weights.items():
-            if uses[id(weight)] > 1:
+            # Rows of embeddings that are trained are of both on purpose: peft sees to that.
+            if uses[id(weight)] > 1 and not isinstance(layer, TrainableTokensLayer):
                 raise InputRefused(
                     f"{name} has an adapter and is tied to another weight, which merging would change, too",
                     "load the model with tie_word_embeddings=False before it gets adapters",
@@ -145,11 +147,14 @@ def _refuse_tied(model: nn.Module) -> None:
 
 
 def _say_what_is_tied(model: nn.Module) -> None:
-    """A head that was trained apart is tied no more; were it still so in config.json, a loader could throw it away."""
+    """A head that was trained apart is tied no more; were it still so in config.json, a loader could throw it away.
+
+    Where more is tied than a head, config.json has one word for all of it, and so cannot say which is not.
+    """
     if not isinstance(model, PreTrainedModel):
         return
-    head: Any = model.get_output_embeddings()  # type: ignore[no-untyped-call]
-    if head is not None and head.weight is not model.get_input_embeddings().weight:
+    tied: dict[str, str] = model.get_expanded_tied_weights_keys(all_submodels=True)
+    if len(tied) == 1 and all(model.get_parameter(one) is not model.get_parameter(two) for one, two in tied.items()):
         for config in (model.config, model.config.get_text_config()):
             config.tie_word_embeddings = False
 

@@ -34,6 +34,7 @@ from tsenor_cli.training.callback import KeepMasks
 CHECKPOINTS = 3  # of Trainer, beside the output while the third is written, so that one is whole at any time
 CHECKPOINT_BYTES = 12  # of each of them, a parameter: a weight and two moments
 _LAUNCHED = {"LOCAL_RANK", "RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE"}
+_LAUNCHED |= {"PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE"}  # of MPI
 _NOT_WRITTEN = ("No space left", "PytorchStreamWriter", "unexpected pos")  # of safetensors, of torch.save
 _CHECKPOINTING = [  # the second is what transformers called it before
     name
@@ -136,13 +137,14 @@ def _no_launcher() -> Iterator[None]:
 
 
 def autocasts(device: torch.device) -> bool:
-    """Whether products are in bfloat16 there."""
-    return device.type == "cuda" and torch.cuda.is_bf16_supported()
+    """Whether products are in bfloat16 there: where the device has instructions for them."""
+    if device.type != "cuda":
+        return False
+    with torch.cuda.device(device):
+        return bool(torch.cuda.is_bf16_supported(including_emulation=False))
 
 
 def _arguments(spec: FinetuneSpec, device: torch.device, folder: Path) -> TrainingArguments:
-    if device.type == "cuda":
-        torch.cuda.set_device(device)  # which accelerate asks
     checkpointing: dict[str, Any] = dict.fromkeys(_CHECKPOINTING if spec.checkpoint_activations else (), True)
     arguments = TrainingArguments(
         str(folder),
@@ -167,6 +169,9 @@ def _arguments(spec: FinetuneSpec, device: torch.device, folder: Path) -> Traini
         **checkpointing,
     )
     arguments._n_gpu = min(arguments.n_gpu, 1)  # noqa: SLF001  (with more it would split batches among all)
+    if device.type == "cuda":
+        arguments.__dict__["_setup_devices"] = device  # it has taken the first one
+        torch.cuda.set_device(device)  # which accelerate asks
     return arguments
 
 
