@@ -6,8 +6,6 @@ pruned and written; it is loaded again with the pruned ones and runs a second ti
 
 from __future__ import annotations
 
-import ctypes
-import os
 import time
 from collections import defaultdict
 from collections.abc import Collection, Hashable, Iterable, Iterator, Mapping
@@ -19,7 +17,7 @@ from typing import NamedTuple
 
 import torch
 
-from tsenor_cli.calibration.replay import Replay, batches
+from tsenor_cli.calibration.replay import Replay, batches, return_freed_memory
 from tsenor_cli.calibration.statistics import Collector
 from tsenor_cli.checkpoint.adapter.skeleton import Skeleton
 from tsenor_cli.checkpoint.layouts import Layout, from_matrices, matrix_size, to_matrices
@@ -197,7 +195,7 @@ class Layerwise:
         """Prune matrices, and take statistics out of `stats` that no later one of them needs."""
         last = {id(stats[unit.site]): unit for unit in units if unit.site in stats}
         for item, group in groupby(units, key=attrgetter("item")):
-            _return_freed_memory()
+            return_freed_memory()
             assert item.layout is not None
             tensor = item.tensor.read()
             check_finite(item, tensor)
@@ -299,13 +297,6 @@ def _mask_on_disk(packed: list[torch.Tensor | None], shape: torch.Size, layout: 
         assert part is not None, "the writer of a tensor gets its masks"
         matrix.copy_(unpack_mask(part, matrix.shape))
     return pack_mask(from_matrices(mask, layout))
-
-
-def _return_freed_memory() -> None:
-    """Let the C library give back what has been freed: else the holes that tensors leave grow layer by layer."""
-    trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if os.name == "posix" else None  # glibc has it
-    if trim is not None:
-        trim(0)
 
 
 def _sites(item: TensorPlan) -> list[Site | None]:

@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-import contextlib
+import re
 from collections import defaultdict
+from collections.abc import Iterable, Mapping
+from typing import Any
 
-import torch
-from torch import nn
-
+from tsenor_cli.calibration.look import Look, look_through
 from tsenor_cli.calibration.replay import BATCH_TOKENS
-from tsenor_cli.calibration.statistics import Collector
 from tsenor_cli.checkpoint.adapter.meta import meta_model
 from tsenor_cli.checkpoint.layouts import matrix_size
 from tsenor_cli.checkpoint.plan import FIXED_BYTES, HIDDEN_STATES, Plan, TensorPlan
 from tsenor_cli.checkpoint.site import NOT_IN_MODEL, Site
+from tsenor_cli.errors import InputRefused
 from tsenor_cli.specs import UPDATING
 
 _GRAM_BYTES = 8  # float64
@@ -28,6 +28,9 @@ def expected_memory(plan: Plan, samples: int, length: int) -> dict[str, int]:
         plan: with at least one calibrated tensor.
         samples: windows of text.
         length: tokens of each.
+
+    Raises:
+        InputRefused: the model does not call the modules of some of them, so that nothing can be known of their inputs.
     """
     model = meta_model(plan.checkpoint)
     itemsize = model.dtype.itemsize
@@ -38,14 +41,18 @@ def expected_memory(plan: Plan, samples: int, length: int) -> dict[str, int]:
         if item.reason != NOT_IN_MODEL:
             by_layer[item.layer] += item.tensor.parameters * itemsize
     outside = by_layer.pop(None, 0)
-    hidden = model.config.get_text_config().hidden_size
+    look = look_through(model, {item.site for item in calibrated if item.site is not None and not item.site.fused})
+    _refuse_uncalled(calibrated, look)
     widest = max(matrix_size(item.tensor.shape, item.layout)[1] for item in calibrated if item.layout is not None)
     batch_bytes = max(BATCH_TOKENS, length) * widest * (4 + 4 * itemsize)  # a few tensors of it, one as float32
+    batch_bytes += attention_bytes(model.config.get_text_config(), length, itemsize)
+    given = samples * length * look.given_bytes
     return {
         "outside the decoder layers": outside,
         "two decoder layers": 2 * max(by_layer.values()),
-        "Gram matrices of a layer": max(_gram_bytes(model, calibrated).values()) if gram else 0,
-        HIDDEN_STATES: samples * length * hidden * itemsize,
+        "Gram matrices of a layer": max(_gram_bytes(calibrated, look.leaders).values()) if gram else 0,
+        HIDDEN_STATES: samples * length * look.hidden_bytes,
+        **({"what layers are given beside": given} if given else {}),
         **({"a mask": max(item.tensor.parameters for item in plan.pruned)} if plan.saves_masks else {}),
         "a batch, or work on a weight": max(batch_bytes, *map(_work_bytes, calibrated)),
         "code and buffers": FIXED_BYTES,
@@ -60,18 +67,11 @@ def _work_bytes(item: TensorPlan) -> int:
     return per_weight * out * inputs + per_gram * inputs**2
 
 
-def _gram_bytes(model: nn.Module, calibrated: list[TensorPlan]) -> dict[int, int]:
+def _gram_bytes(calibrated: Iterable[TensorPlan], leaders: Mapping[Site, Site]) -> dict[int, int]:
     """Bytes of the Gram matrices of each layer, those that several weights share counted once.
 
-    A pass on the meta device shows which inputs are the same tensor; what it does not reach is counted on its own.
-    Experts are: which tokens they are given depends on values.
+    What the look has not reached is counted on its own. Experts are: which tokens they are given depends on values.
     """
-    modules = {item.site for item in calibrated if item.site is not None and not item.site.fused}
-    collector = Collector(model, modules, gram=True)
-    with collector.watching(), torch.no_grad(), contextlib.suppress(Exception):  # models may look at values
-        # The dtype does not matter here, but without values grouped products are only known for this one.
-        model.to(torch.bfloat16)(input_ids=torch.zeros(1, 8, dtype=torch.int64, device="meta"))
-    leaders = collector.leaders
     found: dict[int, dict[Site, int]] = defaultdict(dict)
     for item in calibrated:
         assert item.site is not None
@@ -81,3 +81,27 @@ def _gram_bytes(model: nn.Module, calibrated: list[TensorPlan]) -> dict[int, int
         experts = item.tensor.shape[0] if len(item.tensor.shape) == 3 else 1
         found[item.layer][leaders.get(item.site, item.site)] = experts * inputs**2 * _GRAM_BYTES
     return {layer: sum(sizes.values()) for layer, sizes in found.items()}
+
+
+def _refuse_uncalled(calibrated: Iterable[TensorPlan], look: Look) -> None:
+    """Refuse what is used as a weight and never called, as in the recurrences of Mamba: now, and all at once."""
+    sites = {item.tensor.name: item.site for item in calibrated if item.site is not None and not item.site.fused}
+    uncalled = {name: site.module for name, site in sites.items() if look.complete and site not in look.leaders}
+    if uncalled:
+        name, module = next(iter(uncalled.items()))
+        globs = sorted({re.sub(r"\.\d+(?=\.)", ".*", name) for name in uncalled})
+        remedy = " ".join(f"--ignore '{glob}'" for glob in globs)
+        raise InputRefused(f"{name}: the model never calls {module}", f"leave it out with {remedy}")
+
+
+def attention_bytes(config: Any, length: int, itemsize: int) -> int:  # noqa: ANN401  (a PretrainedConfig, of text)
+    """Bytes of the attention of a batch where all its scores are computed at once, in windows of `length` tokens.
+
+    So do eager code, and torch's own where values are of another size than keys; else it goes over them in blocks.
+    """
+    heads = getattr(config, "num_attention_heads", None)
+    whole = config._attn_implementation == "eager" or getattr(config, "v_head_dim", None) is not None  # noqa: SLF001
+    if not whole or not isinstance(heads, int):
+        return 0
+    # Scores and what the softmax makes of them as float32, and two copies in the model's own dtype.
+    return max(1, BATCH_TOKENS // length) * heads * length**2 * (8 + 2 * itemsize)

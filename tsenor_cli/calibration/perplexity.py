@@ -95,7 +95,7 @@ def measure_perplexity(
         )
     team = team or Team()
     windows = batches(tokens.windows)[team.rank :: team.size]
-    spills = memory_budget is not None and _spills(skeleton, tokens.windows, memory_budget)
+    spills = memory_budget is not None and _spills(checkpoint, skeleton, tokens.windows, memory_budget)
     with Replay(skeleton, windows, Path(tempfile.gettempdir()) if spills else None) as replay:
         for index in range(len(skeleton.layers)):
             observer.entered(f"evaluating layer {index + 1} of {len(skeleton.layers)}")
@@ -113,20 +113,25 @@ def measure_perplexity(
     return Perplexity(math.exp(mean), mean, predicted, str(skeleton.model.dtype).removeprefix("torch."), tokens)
 
 
-def _spills(skeleton: Skeleton, windows: torch.Tensor, budget: int) -> bool:
+def _spills(checkpoint: Checkpoint, skeleton: Skeleton, windows: torch.Tensor, budget: int) -> bool:
     """Whether the hidden states have no room beside all that is not a layer, and two layers or, at last, logits.
 
     Raises:
         UsageError: the others have none without them.
     """
+    from tsenor_cli.calibration.look import look_through
+    from tsenor_cli.calibration.memory import attention_bytes
+    from tsenor_cli.checkpoint.adapter.meta import meta_model
+
     config, itemsize = skeleton.model.config.get_text_config(), skeleton.model.dtype.itemsize
+    look = look_through(meta_model(checkpoint, skeleton.device))
     largest = max(sum(t.nbytes for t in skeleton.tensors_of(i)) for i in range(len(skeleton.layers)))
-    hidden: int = windows.numel() * config.hidden_size * itemsize
+    running = 2 * largest + attention_bytes(config, windows.shape[1], itemsize)
     logits: int = (batches(windows)[0].numel() * itemsize + _CHUNK * _FLOAT_BYTES) * config.vocab_size
-    others = skeleton.outside_bytes() + max(2 * largest, logits)
+    others: int = skeleton.outside_bytes() + windows.numel() * look.given_bytes + max(running, logits)
     if others > budget:
         raise budget_too_small(budget, others)
-    return others + hidden > budget
+    return others + windows.numel() * look.hidden_bytes > budget
 
 
 def _loss(logits: torch.Tensor, tokens: torch.Tensor) -> float:

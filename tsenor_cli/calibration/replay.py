@@ -8,7 +8,9 @@ something done to the hidden states in between.
 
 from __future__ import annotations
 
+import ctypes
 import inspect
+import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -75,6 +77,7 @@ class Replay:
             states, calls = self._identity_pass(tokens, self._form)
             self._calls.append(_share(calls, self._calls[0]) if self._calls else calls)
             self.hidden.append(states.cpu())
+            return_freed_memory()  # what layers are given may stand in the midst of it, and be as large
 
     def __len__(self) -> int:
         return len(self._batches)
@@ -199,6 +202,13 @@ class _LastLayerError(Exception):
 class _ChangedError(Exception):
     def __str__(self) -> str:
         return "something is done to the hidden states in between"
+
+
+def return_freed_memory() -> None:
+    """Let the C library give back what has been freed: else the holes that tensors leave grow layer by layer."""
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if os.name == "posix" else None  # glibc has it
+    if trim is not None:
+        trim(0)
 
 
 def _forget_caches(model: nn.Module) -> None:
