@@ -184,6 +184,9 @@ def test_experts_with_few_tokens(models, text, tmp_path):
     assert all(r.fallbacks is None for r in report.tensors if "self_attn" in r.name)
     before, after = tensors(source), tensors(tmp_path / "out")
     for record in experts:
+        assert record.tokens < 64
+        assert record.error == record.mask_error
+        assert (record.error > 0) == (record.tokens > 0)
         kept = after[record.name] != 0
         assert torch.equal(after[record.name][kept], before[record.name][kept])
     with pytest.raises(InputRefused, match="give more text"):

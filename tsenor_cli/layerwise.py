@@ -9,6 +9,7 @@ from __future__ import annotations
 import time
 from collections import defaultdict
 from collections.abc import Collection, Hashable, Iterable, Iterator, Mapping
+from dataclasses import replace
 from itertools import groupby
 from math import prod
 from operator import attrgetter
@@ -29,7 +30,9 @@ from tsenor_cli.device import CPU
 from tsenor_cli.distributed import Team
 from tsenor_cli.errors import InputRefused, TsenorError
 from tsenor_cli.observer import Observer
-from tsenor_cli.pruners.base import InputStats, PrunedLayer, Pruner, SolveMask, all_finite
+from tsenor_cli.pruners.base import Calibrated, InputStats, PrunedLayer, Pruner, SolveMask, all_finite
+from tsenor_cli.pruners.error import assess
+from tsenor_cli.pruners.factor import Damping
 from tsenor_cli.pruners.magnitude import Magnitude
 from tsenor_cli.report.build import Tally
 from tsenor_cli.report.records import TensorRecord
@@ -264,7 +267,8 @@ class Layerwise:
                 raise InputRefused(
                     f"{item.tensor.name}: {why}", "give more text, or --few-tokens magnitude", code="too-few-tokens"
                 )
-            return Magnitude().prune(weight, solver), why
+            found = Magnitude().prune(weight, solver)
+            return replace(found, calibrated=_of_few_tokens(pruner, weight, found, seen)), why
         if seen is None:
             raise InputRefused(f"{item.tensor.name}: nothing went through {site.module}", "leave it out with --ignore")
         try:
@@ -288,6 +292,15 @@ class Layerwise:
     def _pruner(self, item: TensorPlan) -> Pruner:
         assert item.choice is not None
         return self._pruners[item.choice.method]
+
+
+def _of_few_tokens(pruner: Pruner, weight: torch.Tensor, found: PrunedLayer, seen: InputStats | None) -> Calibrated:
+    """What the tokens that an expert did see say of it, though `pruner` was not asked."""
+    if pruner.needs != "gram":
+        return Calibrated(seen.tokens if seen else 0)
+    if seen is None:
+        return Calibrated(0, 0.0, 0.0, 0.0)
+    return replace(assess(weight, found.solution.mask, found.weight, seen, Damping(0.0, 0)), damping=None)
 
 
 def _mask_on_disk(packed: list[torch.Tensor | None], shape: torch.Size, layout: Layout) -> torch.Tensor:

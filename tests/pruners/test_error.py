@@ -7,6 +7,7 @@ import torch
 from pruners.examples import make_inputs, make_weight, stats_of
 
 from tsenor_cli.kernels import bfloat16
+from tsenor_cli.pruners.base import Calibrated
 from tsenor_cli.pruners.error import assess, output_energies
 from tsenor_cli.pruners.factor import Damping
 
@@ -23,6 +24,19 @@ def test_energies_are_those_of_the_outputs(out, features, dtype, relative, unit,
     weights = [make_weight(out, features, dtype, seed=seed) for seed in range(2)]
     expected = [float((inputs @ weight.double().T).square().sum()) for weight in weights]
     assert output_energies(weights, stats_of(inputs).gram) == pytest.approx(expected, rel=relative)
+
+
+@pytest.mark.parametrize("scale", [1e-20, 1e17, 1e100])
+def test_inputs_of_any_unit(scale):
+    """Squares of them would be nothing, or too much, for float32."""
+    inputs, weight = make_inputs(40, 512) * scale, make_weight(7, 512) * 1000
+    expected = float((inputs @ weight.double().T).square().sum())
+    assert output_energies([weight], stats_of(inputs).gram) == pytest.approx([expected], rel=1e-5)
+
+
+def test_an_energy_beyond_all_bounds_is_no_error_of_zero():
+    assert Calibrated(5, float("nan"), 1.0, 1.0).error is None
+    assert Calibrated(5, float("inf"), float("inf"), 1.0).mask_error is None
 
 
 def test_losses_are_those_of_the_outputs():

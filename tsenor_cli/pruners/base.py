@@ -122,16 +122,16 @@ class Calibrated:
 
     @property
     def mask_error(self) -> float | None:
-        """As a share of the output energy, 0 where there is no output."""
+        """As a share of the output energy, 0 where there is no output, None where they are beyond all bounds."""
         return self._relative(self.mask_loss)
 
     @property
     def error(self) -> float | None:
-        """As a share of the output energy, 0 where there is no output."""
+        """The same of the weight given back."""
         return self._relative(self.loss)
 
     def _relative(self, loss: float | None) -> float | None:
-        if loss is None or self.output_energy is None:
+        if loss is None or self.output_energy is None or not math.isfinite(loss + self.output_energy):
             return None
         return loss / self.output_energy if self.output_energy > 0 else 0.0
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -45,12 +46,18 @@ def output_energies(weights: Sequence[torch.Tensor], gram: torch.Tensor) -> list
 
 
 def _energy(weight: torch.Tensor, gram: torch.Tensor) -> float:
-    total = 0.0
+    total, unit = 0.0, _unit(gram)
     for here, above, corner in columns(gram):
-        product = weight[:, here] @ corner.to(weight.dtype)
-        product.addmm_(weight[:, : here.start], above.to(weight.dtype), alpha=2.0)
+        product = weight[:, here] @ (corner / unit).to(weight.dtype)
+        product.addmm_(weight[:, : here.start], (above / unit).to(weight.dtype), alpha=2.0)
         total += dot(product, weight[:, here])
-    return max(total, 0.0)
+    return max(total * unit, 0.0)
+
+
+def _unit(gram: torch.Tensor) -> float:
+    """A power of two, in which a Gram matrix fits into float32; to divide by it changes no digit."""
+    largest = float(gram.diagonal().max())
+    return 2.0 ** math.frexp(largest)[1] if 0 < largest < math.inf else 1.0
 
 
 def _loss(weight: torch.Tensor, other: torch.Tensor, gram: torch.Tensor) -> float:

@@ -104,7 +104,7 @@ def _calibration_facts(parts: list[Calibrated]) -> dict[str, Any]:
             "output_energy": total,
             "mask_error": _part(math.fsum(part.mask_loss for part in parts if part.mask_loss is not None), total),
             "error": _part(math.fsum(part.loss for part in parts if part.loss is not None), total),
-            "damping": max(part.damping for part in parts if part.damping is not None),
+            "damping": max((part.damping for part in parts if part.damping is not None), default=None),
             "damping_retries": sum(part.damping_retries for part in parts),
         }
     return facts
