@@ -85,7 +85,7 @@ def test_what_depends_on_tokens_and_stands_beside_the_hidden_states(tmp_path):
         num_kv_shared_layers=0, layer_types=["full_attention"] * 3, activation_sparsity_pattern=[0.0] * 3,
     )  # fmt: skip
     source = saved(transformers.Gemma3nForCausalLM(config), tmp_path)
-    found = memory_of(source, ignore=("*.correction_coefs.weight",))
+    found = memory_of(source)  # all are called, though some are not while a model is trained
     itemsize = computed_in(torch.bfloat16, CPU).itemsize
     assert found["hidden states"] == itemsize * 10 * 32 * 4 * 64
     assert found["what layers are given beside"] == itemsize * 10 * 32 * 3 * 32

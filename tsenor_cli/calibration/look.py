@@ -29,7 +29,7 @@ class Look:
 
 
 def look_through(model: Any, sites: Collection[Site] = ()) -> Look:  # noqa: ANN401  (a PreTrainedModel)
-    """Run a model on the meta device; it is of another dtype afterwards.
+    """Run a model on the meta device; it is of another dtype afterwards, and in eval mode.
 
     Args:
         model: on that device.
@@ -40,7 +40,7 @@ def look_through(model: Any, sites: Collection[Site] = ()) -> Look:  # noqa: ANN
     _, layers = find_layers(model)
     with collector.watching(), _watched(layers, look, itemsize), torch.no_grad():
         try:
-            model.to(_PROBE_DTYPE)(input_ids=torch.zeros(*_PROBE, dtype=torch.int64, device="meta"))
+            model.eval().to(_PROBE_DTYPE)(input_ids=torch.zeros(*_PROBE, dtype=torch.int64, device="meta"))
             look.complete = True
         except Exception:  # noqa: BLE001, S110  (foreign code that may look at values)
             pass
