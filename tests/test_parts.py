@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 from crash.harness import content
 
+from tsenor_cli.errors import InputRefused
 from tsenor_cli.observer import Observer
 from tsenor_cli.pipeline import merge, prune
 from tsenor_cli.specs import NMPattern, Part, PruneSpec
@@ -84,7 +85,7 @@ def test_a_merge_that_is_stopped_while_parts_go_is_finished_by_the_next(spec, mo
                 merge(spec.output)
                 break
         whole = content(spec.output)
-        merge(spec.output, overwrite=step == 0)  # all parts are there yet
+        merge(spec.output)
         assert content(spec.output) == whole
         assert list(spec.output.parent.glob("*.part-*")) == []
         shutil.rmtree(spec.output)
@@ -109,6 +110,44 @@ def test_parts_that_were_going_when_their_output_went(spec, monkeypatch):
     make_parts(spec, 2)
     merge(spec.output)
     assert [path.name for path in spec.output.parent.iterdir() if ".part-" in path.name] == []
+
+
+def test_a_part_that_is_made_again_while_parts_go(spec, monkeypatch):
+    """As a job does that is queued once more."""
+    remove = shutil.rmtree
+
+    def stop(path, *given, **options):
+        if ".part-2" in str(path):
+            raise KeyboardInterrupt
+        remove(path, *given, **options)
+
+    make_parts(spec, 2)
+    with monkeypatch.context() as patch:
+        patch.setattr(shutil, "rmtree", stop)
+        with pytest.raises(KeyboardInterrupt):
+            merge(spec.output)
+    whole = content(spec.output)
+    make_parts(spec, 2, [2])
+    merge(spec.output)
+    assert content(spec.output) == whole
+    assert [path.name for path in spec.output.parent.iterdir() if ".part-" in path.name] == []
+
+
+@pytest.mark.parametrize("revision", ["c0ffee", None])
+def test_parts_of_two_copies(spec, llama, tmp_path, revision):
+    """A commit of the hub is the same wherever it has been fetched; of other files nobody knows."""
+    for number, place in enumerate(("here", "there"), 1):
+        copy = tmp_path / place / ("snapshots" if revision else "models") / "c0ffee"
+        shutil.copytree(llama, copy, copy_function=shutil.copy)
+        for path in copy.rglob("*"):
+            os.utime(path, (number, number))
+        make_parts(replace(spec, model=str(copy)), 2, [number])
+    if revision is not None:
+        merge(spec.output)
+        return
+    with pytest.raises(InputRefused) as caught:
+        merge(spec.output)
+    assert caught.value.code == "parts-differ"
 
 
 def fails(outcome, code, *words):

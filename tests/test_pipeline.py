@@ -6,7 +6,7 @@ import pytest
 from checkpoints import make_checkpoint, read_shards
 
 from tsenor_cli.observer import Observer
-from tsenor_cli.pipeline import prune
+from tsenor_cli.pipeline import prune, verify
 from tsenor_cli.specs import NMPattern, PruneSpec
 
 
@@ -22,6 +22,19 @@ class Counter(Observer):
     def advanced(self, name, nbytes) -> None:
         assert name
         self.done_bytes += nbytes
+
+
+class Verifying(Counter):
+    def began(self, nbytes) -> None:
+        self.planned_bytes = nbytes
+
+
+@pytest.mark.parametrize("compared", [True, False])
+def test_verifying_says_how_far_it_is(llama, tmp_path, compared):
+    prune(PruneSpec(str(llama), tmp_path / "out", NMPattern(2, 4)))
+    counter = Verifying()
+    assert verify(str(tmp_path / "out"), None, str(llama) if compared else None, counter).ok
+    assert counter.planned_bytes == counter.done_bytes > 0
 
 
 @pytest.mark.parametrize("architecture", ["llama", "gpt2", "gpt_oss", "qwen3_vl_moe", "resnet"])

@@ -15,6 +15,9 @@ class Observer:
     def planned(self, plan: Plan) -> None:
         """The plan stands and work begins."""
 
+    def began(self, nbytes: int) -> None:
+        """Work on so many bytes of input begins."""
+
     def advanced(self, name: str, nbytes: int) -> None:
         """`nbytes` more of the input, all of them in tensor `name`, are done."""
 

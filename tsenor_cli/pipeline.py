@@ -208,9 +208,10 @@ def merge(output: Path, *, overwrite: bool = False) -> Report:
         OutputUnavailable, TsenorError: as prune.
     """
     output = absolute(output)
-    if removal_has_begun(output):
-        if (report := _merged_before(output)) is not None:
-            return report
+    stopped = removal_has_begun(output)
+    if (stopped or (parts_beside(output) and not overwrite)) and (report := _merged_before(output)) is not None:
+        return report
+    if stopped:
         sweep_parts(output)  # of an output that is not there any more
     parts = find_parts(output)
     reports = [read_report(part) for part in parts]
@@ -262,7 +263,7 @@ def verify(
     """
     original = open_checkpoint(*resolve_checkpoint(against)) if against is not None else None
     checkpoint = open_checkpoint(*resolve_checkpoint(model))
-    return verify_checkpoint(checkpoint, pattern, original, (observer or Observer()).advanced)
+    return verify_checkpoint(checkpoint, pattern, original, observer or Observer())
 
 
 def evaluate(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import os
 import shutil
 import subprocess
 import sys
@@ -65,6 +67,15 @@ def test_offline_means_that_the_network_is_not_even_tried(monkeypatch, tmp_path,
     resolve_checkpoint("org/model@v1")
     assert asked["local_files_only"] is True
     assert asked["revision"] == "v1"
+
+
+def test_a_full_disk_is_no_wrong_name(monkeypatch):
+    def full(*_, **__):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", full)
+    with pytest.raises(OSError, match="No space left"):
+        resolve_checkpoint("org/model")
 
 
 @pytest.mark.parametrize("model", ["nowhere", "./a/b", "/no/such/place", "a/b/c", "../x", ""])

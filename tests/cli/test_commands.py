@@ -619,6 +619,13 @@ def test_without_standard_streams(llama, tmp_path):
     assert subprocess.run([*without, sys.executable, "-c", next_one], check=False).returncode == 0
 
 
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="the system has no device that is always full")
+def test_an_error_that_cannot_be_said_keeps_its_exit_code(tmp_path):
+    with Path("/dev/full").open("w") as full:
+        done = subprocess.run([*TSENOR, "verify", "nowhere"], stderr=full, cwd=tmp_path, check=False)
+    assert done.returncode == 3
+
+
 def test_evaluation_keeps_to_the_budget_or_says_so(tsenor, speaking_llama, text):
     options = ("--text", text, "--sequence-length", 16, "--memory-budget")
     fails(tsenor("eval", speaking_llama, *options, "1K"), 2, "at least", "[budget-too-small]")

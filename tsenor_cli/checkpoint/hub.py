@@ -64,7 +64,7 @@ class Repository:
         try:
             return self._download(file, directory, stopped)
         except failures() as error:
-            if _is_of_the_system(error):
+            if is_of_the_system(error):
                 raise
             raise TsenorError(
                 f"{file} of {self.name} cannot be fetched ({reason(error)})",
@@ -142,7 +142,7 @@ def _refusing(name: str) -> Iterator[None]:
     try:
         yield
     except failures() as error:
-        if _is_of_the_system(error):
+        if is_of_the_system(error):
             raise
         raise InputRefused(
             f"the hub has no usable {name} ({reason(error)})",
@@ -151,7 +151,7 @@ def _refusing(name: str) -> Iterator[None]:
         ) from error
 
 
-def _is_of_the_system(error: Exception) -> bool:
+def is_of_the_system(error: Exception) -> bool:
     """Such as a full disk. The hub's errors are OSErrors, too, without a number."""
     return isinstance(error, OSError) and error.errno is not None
 

@@ -63,6 +63,7 @@ def find_parts(output: Path) -> list[Path]:
 
 def remove_parts(output: Path) -> None:
     """All parts, under another name first, so that a part is whole or not there."""
+    sweep_parts(output)  # one that was made again has such a name to take
     for part in parts_beside(output):
         part.rename(part.with_name(part.name.replace(output.name, _gone(output).name, 1)))
     sweep_parts(output)

@@ -51,11 +51,15 @@ class Checkpoint:
 
     @property
     def stamps(self) -> dict[str, str]:
-        """What tells versions of a file apart: size and time of change, by which make and git know them."""
+        """What tells versions of a file apart: size and time of change, by which make and git know them.
+
+        With a commit of the hub the size is enough: every machine has fetched it at another time.
+        """
         found = {}
         for path in [*(shard.path.relative_to(self.directory) for shard in self.shards), *self.other_files]:
             facts = (self.directory / path).stat()
-            found[str(path)] = f"{facts.st_size} bytes of time {facts.st_mtime_ns}"
+            time = "of the commit" if self.revision is not None else f"of time {facts.st_mtime_ns}"
+            found[str(path)] = f"{facts.st_size} bytes {time}"
         return found
 
     @cached_property

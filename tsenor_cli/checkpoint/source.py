@@ -7,7 +7,7 @@ import re
 from fnmatch import fnmatchcase
 from pathlib import Path
 
-from tsenor_cli.checkpoint.hub import failures, reason
+from tsenor_cli.checkpoint.hub import failures, is_of_the_system, reason
 from tsenor_cli.errors import InputRefused
 
 # Dense copies of the same weights in other formats. A sparse checkpoint must not carry them: some loaders
@@ -108,6 +108,8 @@ def _download(repo: str, revision: str | None) -> Path:
             f"no local directory {repo}, and as a hub id {why}", "check the name and the network", code="no-checkpoint"
         ) from error
     except failures() as error:
+        if is_of_the_system(error):
+            raise
         raise InputRefused(
             f"the hub has no usable {repo} ({reason(error)})",
             "check the name, the revision and HF_TOKEN",

@@ -30,6 +30,7 @@ from tsenor_cli.checkpoint.shard import PRUNABLE_DTYPES, DiskTensor
 from tsenor_cli.checkpoint.soundness import Findings, examine
 from tsenor_cli.checkpoint.writer import WRITTEN_ANEW
 from tsenor_cli.errors import InputRefused
+from tsenor_cli.observer import Observer
 from tsenor_cli.overlap import ahead
 from tsenor_cli.specs import NMPattern
 
@@ -99,9 +100,11 @@ class _Band(NamedTuple):
 
 
 def verify_checkpoint(
-    checkpoint: Checkpoint, pattern: NMPattern | None, original: Checkpoint | None, advanced: Progress
+    checkpoint: Checkpoint, pattern: NMPattern | None, original: Checkpoint | None, observer: Observer
 ) -> Verification:
     """Check everything and collect what fails; see the module's text for what is checked."""
+    observer.began(sum(tensor.nbytes for tensor in checkpoint.tensors.values()))
+    advanced = observer.advanced
     claim = claim_of(checkpoint, pattern)
     result = Verification(
         str(checkpoint.directory),
@@ -119,7 +122,9 @@ def verify_checkpoint(
     result.failures += (
         Failure(name, "its bytes are not those that the report was written for")
         for name, tensor in checkpoint.tensors.items()
-        if name in claim.hashes and name not in failed and (hashes.get(name) or _sha256(tensor)) != claim.hashes[name]
+        if name in claim.hashes
+        and name not in failed
+        and (hashes.get(name) or _sha256(tensor, advanced)) != claim.hashes[name]
     )
     places = {True: ("report", "checkpoint"), False: ("checkpoint", "report")}
     result.failures += (
@@ -130,7 +135,7 @@ def verify_checkpoint(
     result.failures += (
         Failure(name, "its mask is not the one that the report was written for")
         for name, mask in masks.items()
-        if name not in failed and _sha256(mask) != claim.tensors[name].mask_sha256
+        if name not in failed and _sha256(mask, None) != claim.tensors[name].mask_sha256
     )
     return result
 
@@ -174,10 +179,12 @@ def _subjects(
             yield _Subject(tensor, claimed, masks.get(name), source if comparable else None)
 
 
-def _sha256(tensor: DiskTensor) -> str:
+def _sha256(tensor: DiskTensor, advanced: Progress | None) -> str:
     digest = hashlib.sha256()
     for (chunk,) in _chunks(tensor):
         digest.update(chunk)
+        if advanced is not None:
+            advanced(tensor.name, len(chunk))
     return digest.hexdigest()
 
 

@@ -61,7 +61,8 @@ def error(message: str, exit_code: int, code: str, remedy: str = "", notes: Sequ
         event("error", message=message, remedy=remedy, notes=notes, code=code, exit_code=exit_code)
     else:
         text = "; ".join([f"{message}: {remedy}" if remedy else message, *notes])
-        click.echo(printable(f"tsenor: error: {text} [{code}]"), err=True)
+        with contextlib.suppress(OSError):  # nobody reads it; the exit code still says it
+            click.echo(printable(f"tsenor: error: {text} [{code}]"), err=True)
 
 
 @contextlib.contextmanager
@@ -151,16 +152,13 @@ def progress(*, quiet: bool, verbose: bool = False) -> Progress:
 
 
 class Progress(Observer):
-    """An observer that can be told the size of the work, and that ends."""
-
-    def start(self, total: int) -> None:
-        """Work of so many bytes begins."""
+    """An observer that ends."""
 
     def close(self) -> None:
         """No more is coming."""
 
     def planned(self, plan: Plan) -> None:
-        self.start(sum(item.tensor.nbytes for item in plan.tensors))
+        self.began(sum(item.tensor.nbytes for item in plan.tensors))
 
 
 class ProgressBar(Progress):
@@ -173,8 +171,8 @@ class ProgressBar(Progress):
         self._verbose = verbose
         self._last, self._refreshed = "", 0.0
 
-    def start(self, total: int) -> None:
-        self._draw(total, "B")
+    def began(self, nbytes: int) -> None:
+        self._draw(nbytes, "B")
 
     def _draw(self, total: int, unit: str) -> None:
         from tqdm import tqdm
@@ -234,8 +232,8 @@ class EventLog(Progress):
         self._done = self._total = 0
         self._told = time.monotonic()
 
-    def start(self, total: int) -> None:
-        self._total = total
+    def began(self, nbytes: int) -> None:
+        self._done, self._total = 0, nbytes
 
     def planned(self, plan: Plan) -> None:
         super().planned(plan)

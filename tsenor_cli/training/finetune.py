@@ -253,7 +253,7 @@ def _report(
 
 def _verify(directory: Path, observer: Observer) -> None:
     """What `tsenor verify` will say, before there is an output."""
-    found = verify_checkpoint(open_checkpoint(directory), None, None, observer.advanced)
+    found = verify_checkpoint(open_checkpoint(directory), None, None, observer)
     if not found.ok:
         first = found.failures[0]
         raise CheckFailed(f"{first.where}: {first.what}", "train with a smaller --learning-rate", code="verify-failed")
