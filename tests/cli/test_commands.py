@@ -621,9 +621,12 @@ def test_without_standard_streams(llama, tmp_path):
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="the system has no device that is always full")
 def test_an_error_that_cannot_be_said_keeps_its_exit_code(tmp_path):
-    with Path("/dev/full").open("w") as full:
-        done = subprocess.run([*TSENOR, "verify", "nowhere"], stderr=full, cwd=tmp_path, check=False)
-    assert done.returncode == 3
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"}
+    for options in ([], ["--log-format", "json"]):
+        command = [*TSENOR, "verify", "nowhere", *options]
+        with Path("/dev/full").open("w") as full:
+            done = subprocess.run(command, stderr=full, cwd=tmp_path, env=environment, check=False)
+        assert done.returncode == 3
 
 
 def test_evaluation_keeps_to_the_budget_or_says_so(tsenor, speaking_llama, text):

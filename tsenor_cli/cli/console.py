@@ -57,12 +57,14 @@ def note(text: str) -> None:
 
 def error(message: str, exit_code: int, code: str, remedy: str = "", notes: Sequence[str] = ()) -> None:
     """The last line of a command that failed; `notes` say what is left of it."""
-    if _Log.json:
-        event("error", message=message, remedy=remedy, notes=notes, code=code, exit_code=exit_code)
-    else:
-        text = "; ".join([f"{message}: {remedy}" if remedy else message, *notes])
-        with contextlib.suppress(OSError):  # nobody reads it; the exit code still says it
+    try:
+        if _Log.json:
+            event("error", message=message, remedy=remedy, notes=notes, code=code, exit_code=exit_code)
+        else:
+            text = "; ".join([f"{message}: {remedy}" if remedy else message, *notes])
             click.echo(printable(f"tsenor: error: {text} [{code}]"), err=True)
+    except OSError:  # nobody can read it; the exit code says it, unless the interpreter's last flush fails, too
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
 
 
 @contextlib.contextmanager
