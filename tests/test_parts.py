@@ -92,45 +92,44 @@ def test_a_merge_that_is_stopped_while_parts_go_is_finished_by_the_next(spec, mo
     assert len(removed) == step > 12
 
 
-def test_parts_that_were_going_when_their_output_went(spec, monkeypatch):
-    """They are in nobody's way when all is made anew."""
+def merge_stopped_at(name, spec, monkeypatch):
+    """Stop when a part with this in its name is to be removed."""
     remove = shutil.rmtree
 
     def stop(path, *given, **options):
-        if ".part-" in str(path):
+        if name in str(path):
             raise KeyboardInterrupt
         remove(path, *given, **options)
 
-    make_parts(spec, 2)
     with monkeypatch.context() as patch:
         patch.setattr(shutil, "rmtree", stop)
         with pytest.raises(KeyboardInterrupt):
             merge(spec.output)
+
+
+def parts_left(spec):
+    return [path.name for path in spec.output.parent.iterdir() if ".part-" in path.name]
+
+
+def test_parts_that_were_going_when_their_output_went(spec, monkeypatch):
+    """They are in nobody's way when all is made anew."""
+    make_parts(spec, 2)
+    merge_stopped_at(".part-", spec, monkeypatch)
     shutil.rmtree(spec.output)
     make_parts(spec, 2)
     merge(spec.output)
-    assert [path.name for path in spec.output.parent.iterdir() if ".part-" in path.name] == []
+    assert parts_left(spec) == []
 
 
 def test_a_part_that_is_made_again_while_parts_go(spec, monkeypatch):
     """As a job does that is queued once more."""
-    remove = shutil.rmtree
-
-    def stop(path, *given, **options):
-        if ".part-2" in str(path):
-            raise KeyboardInterrupt
-        remove(path, *given, **options)
-
     make_parts(spec, 2)
-    with monkeypatch.context() as patch:
-        patch.setattr(shutil, "rmtree", stop)
-        with pytest.raises(KeyboardInterrupt):
-            merge(spec.output)
+    merge_stopped_at(".part-2", spec, monkeypatch)
     whole = content(spec.output)
     make_parts(spec, 2, [2])
     merge(spec.output)
     assert content(spec.output) == whole
-    assert [path.name for path in spec.output.parent.iterdir() if ".part-" in path.name] == []
+    assert parts_left(spec) == []
 
 
 @pytest.mark.parametrize("revision", ["c0ffee", None])

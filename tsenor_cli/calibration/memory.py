@@ -41,8 +41,9 @@ def expected_memory(plan: Plan, samples: int, length: int) -> dict[str, int]:
         if item.reason != NOT_IN_MODEL:
             by_layer[item.layer] += item.tensor.parameters * itemsize
     outside = by_layer.pop(None, 0)
-    look = look_through(model, {item.site for item in calibrated if item.site is not None and not item.site.fused})
-    _refuse_uncalled(calibrated, look)
+    sites = {item.tensor.name: item.site for item in calibrated if item.site is not None and not item.site.fused}
+    look = look_through(model, set(sites.values()))
+    _refuse_uncalled(sites, look)
     widest = max(matrix_size(item.tensor.shape, item.layout)[1] for item in calibrated if item.layout is not None)
     batch_bytes = max(BATCH_TOKENS, length) * widest * (4 + 4 * itemsize)  # a few tensors of it, one as float32
     batch_bytes += attention_bytes(model.config.get_text_config(), length, itemsize)
@@ -83,9 +84,8 @@ def _gram_bytes(calibrated: Iterable[TensorPlan], leaders: Mapping[Site, Site]) 
     return {layer: sum(sizes.values()) for layer, sizes in found.items()}
 
 
-def _refuse_uncalled(calibrated: Iterable[TensorPlan], look: Look) -> None:
+def _refuse_uncalled(sites: Mapping[str, Site], look: Look) -> None:
     """Refuse what is used as a weight and never called, as in the recurrences of Mamba: now, and all at once."""
-    sites = {item.tensor.name: item.site for item in calibrated if item.site is not None and not item.site.fused}
     uncalled = {name: site.module for name, site in sites.items() if look.complete and site not in look.leaders}
     if uncalled:
         name, module = next(iter(uncalled.items()))

@@ -95,7 +95,7 @@ def measure_perplexity(
         )
     team = team or Team()
     windows = batches(tokens.windows)[team.rank :: team.size]
-    spills = memory_budget is not None and _spills(checkpoint, skeleton, tokens.windows, memory_budget)
+    spills = memory_budget is not None and _spills(skeleton, tokens.windows, memory_budget)
     with Replay(skeleton, windows, Path(tempfile.gettempdir()) if spills else None) as replay:
         for index in range(len(skeleton.layers)):
             observer.entered(f"evaluating layer {index + 1} of {len(skeleton.layers)}")
@@ -113,7 +113,7 @@ def measure_perplexity(
     return Perplexity(math.exp(mean), mean, predicted, str(skeleton.model.dtype).removeprefix("torch."), tokens)
 
 
-def _spills(checkpoint: Checkpoint, skeleton: Skeleton, windows: torch.Tensor, budget: int) -> bool:
+def _spills(skeleton: Skeleton, windows: torch.Tensor, budget: int) -> bool:
     """Whether the hidden states have no room beside all that is not a layer, and two layers or, at last, logits.
 
     Raises:
@@ -124,7 +124,7 @@ def _spills(checkpoint: Checkpoint, skeleton: Skeleton, windows: torch.Tensor, b
     from tsenor_cli.checkpoint.adapter.meta import meta_model
 
     config, itemsize = skeleton.model.config.get_text_config(), skeleton.model.dtype.itemsize
-    look = look_through(meta_model(checkpoint, skeleton.device))
+    look = look_through(meta_model(skeleton.checkpoint, skeleton.device))
     largest = max(sum(t.nbytes for t in skeleton.tensors_of(i)) for i in range(len(skeleton.layers)))
     running = 2 * largest + attention_bytes(config, windows.shape[1], itemsize)
     logits: int = (batches(windows)[0].numel() * itemsize + _CHUNK * _FLOAT_BYTES) * config.vocab_size

@@ -135,7 +135,7 @@ def verify_checkpoint(
     result.failures += (
         Failure(name, "its mask is not the one that the report was written for")
         for name, mask in masks.items()
-        if name not in failed and _sha256(mask, None) != claim.tensors[name].mask_sha256
+        if name not in failed and _sha256(mask) != claim.tensors[name].mask_sha256
     )
     return result
 
@@ -179,12 +179,11 @@ def _subjects(
             yield _Subject(tensor, claimed, masks.get(name), source if comparable else None)
 
 
-def _sha256(tensor: DiskTensor, advanced: Progress | None) -> str:
+def _sha256(tensor: DiskTensor, advanced: Progress = lambda *_: None) -> str:
     digest = hashlib.sha256()
     for (chunk,) in _chunks(tensor):
         digest.update(chunk)
-        if advanced is not None:
-            advanced(tensor.name, len(chunk))
+        advanced(tensor.name, len(chunk))
     return digest.hexdigest()
 
 
